@@ -1,0 +1,339 @@
+"""Fast scoring of all text-image pairs: the matrix that retrieval is evaluated on.
+
+Compared with the plain forward of every pair, each text and each image is embedded once, pairs of equal total
+length share a micro-batch (so that almost nothing is padding), the first layer's query, key and value are
+computed once per text and image of a block, and the last layer is computed for the first token only, the one
+that the pooler reads.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+PRECISIONS = ("fp32", "bf16", "int8")
+TEXTS_PER_BLOCK, IMAGES_PER_BLOCK = 128, 64  # a block is what is saved, resumed and sharded as a whole
+
+
+def score_matrix(
+    model,
+    texts: Sequence[str],
+    regions: Sequence,
+    processor,
+    *,
+    batch_tokens: int = 2500,
+    precision: str = "fp32",
+    max_length: int | None = None,
+    resume_dir: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Score every text against every image: (num_texts, num_images) float32, higher fits better.
+
+    Works for a model with a `score_head` (UC2ForRetrieval: its logit) and for one with an `itm_head`
+    (UC2ForPreTraining, zero-shot: the match logit minus the no-match logit); the sigmoid is the probability
+    in both. With torch.distributed initialised the blocks are shared round-robin, and every process returns
+    the whole matrix.
+
+    Args:
+        model: the model, on the device to compute on; its mode and weights are left as they are.
+        texts: captions in any language.
+        regions: one region row per image, as `RegionStore` gives them.
+        processor: the model's UC2Processor.
+        batch_tokens: tokens and regions per micro-batch; about 2,500 is fastest on a CPU, more on a GPU.
+        precision: "fp32" (equal to the plain forward), "bf16" (autocast, for GPUs) or "int8" (dynamically
+            quantised
+            linear layers, CPU only).
+        max_length: longest text in tokens; longer ones are cut. None: what the model can take.
+        resume_dir: a folder for finished blocks. A killed evaluation, called again with the same folder,
+            continues.
+        progress: show pairs/s and the time left.
+    Raises:
+        ValueError: on unknown options, empty input, a score that is NaN, or a `resume_dir` of another
+            evaluation.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}")
+    if not texts or not regions:
+        raise ValueError(f"there is nothing to score: {len(texts)} texts and {len(regions)} images")
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}")
+
+    token_ids = _encode_texts(model, texts, processor, max_length)
+    num_regions = np.array([len(processor.encode_regions(region)["region_boxes"]) for region in regions])
+    blocks = _make_blocks([len(ids) for ids in token_ids], num_regions)
+    saved = None
+    if resume_dir is not None:
+        fingerprint = _fingerprint(model, token_ids, regions, processor, precision)
+        saved = _SavedBlocks(Path(resume_dir), fingerprint)
+
+    rank, world_size = _rank_and_world_size()
+    mine = blocks[rank::world_size]
+    scores = np.zeros((len(texts), len(regions)), np.float32)
+    scorer = _PairScorer(model, token_ids, regions, processor, batch_tokens, precision)
+    total = sum(block.num_pairs for block in mine)
+    with tqdm(total=total, unit="pairs", unit_scale=True, disable=not (progress and rank == 0)) as bar:
+        for block in mine:
+            block_scores = saved.load(block) if saved else None
+            if block_scores is None:
+                block_scores = scorer.score(block)
+                if np.isnan(block_scores).any():
+                    text, image = np.argwhere(np.isnan(block_scores))[0]
+                    raise ValueError(
+                        f"the score of text {block.texts[text]} and image {block.images[image]} is NaN; check the "
+                        "region features and the weights"
+                    )
+                if saved:
+                    saved.save(block, block_scores)
+            scores[np.ix_(block.texts, block.images)] = block_scores
+            bar.update(block.num_pairs)
+    return _sum_over_processes(scores, model.device) if world_size > 1 else scores
+
+
+def save_scores(path: str | os.PathLike, scores: np.ndarray) -> None:
+    """Write a matrix to a .npy file, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        np.save(file, scores, allow_pickle=False)
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A rectangle of the matrix. Texts and images are sorted by length first, so its pairs are of similar
+    length."""
+
+    index: int
+    texts: np.ndarray
+    images: np.ndarray
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.texts) * len(self.images)
+
+
+def _make_blocks(text_lengths: Sequence[int], num_regions: Sequence[int]) -> list[_Block]:
+    """Image-major, so that an image's embedding is needed only while its row of blocks lasts."""
+    by_length = np.argsort(text_lengths, kind="stable")
+    by_count = np.argsort(num_regions, kind="stable")
+    text_groups = np.split(by_length, range(TEXTS_PER_BLOCK, len(by_length), TEXTS_PER_BLOCK))
+    image_groups = np.split(by_count, range(IMAGES_PER_BLOCK, len(by_count), IMAGES_PER_BLOCK))
+    pairs = [(texts, images) for images in image_groups for texts in text_groups]
+    return [_Block(index, texts, images) for index, (texts, images) in enumerate(pairs)]
+
+
+def _encode_texts(model, texts: Sequence[str], processor, max_length: int | None) -> list[list[int]]:
+    limit = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    max_length = min(max_length or limit, limit)
+    return [
+        list(processor.tokenizer(text, truncation=True, max_length=max_length)["input_ids"]) for text in texts
+    ]
+
+
+class _PairScorer:
+    """Scores blocks of pairs. Holds the embeddings of all texts and of the current block's images."""
+
+    def __init__(self, model, token_ids, regions, processor, batch_tokens: int, precision: str):
+        self.model, self.backbone, self.device = model, model.uc2, model.device
+        self.token_ids, self.regions, self.processor = token_ids, regions, processor
+        self.batch_tokens = batch_tokens
+        self.layers = self.backbone.encoder.layer
+        if precision == "int8":
+            if self.device.type != "cpu":
+                raise ValueError(f"precision int8 runs on the CPU only, the model is on {self.device}")
+            self.layers = _quantized(self.layers)
+        self.autocast = (
+            torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        )
+        self.texts: dict[int, Tensor] = {}  # text -> (tokens, H), embedded once
+        self.images: dict[int, Tensor] = {}  # image -> (regions, H), embedded once, dropped after its blocks
+
+    @torch.inference_mode()
+    def score(self, block: _Block) -> np.ndarray:
+        """(len(block.texts), len(block.images)) float32."""
+        was_training = self.model.training
+        self.model.eval()
+        self.layers.eval()
+        try:
+            with self.autocast:
+                return self._score(block)
+        finally:
+            self.model.train(was_training)
+
+    def _score(self, block: _Block) -> np.ndarray:
+        self._embed(block)
+        parts = [self.texts[i] for i in block.texts] + [self.images[i] for i in block.images]
+        rows = torch.cat(parts)  # (all tokens and regions of the block, H)
+        first = self.layers[0].attention.self
+        first_qkv = tuple(projection(rows) for projection in (first.query, first.key, first.value))
+        scores = torch.empty(block.num_pairs, dtype=torch.float32, device=self.device)
+        for pairs, index, lengths in self._micro_batches([len(part) for part in parts], len(block.texts)):
+            scores[pairs.to(self.device)] = self._forward(rows, first_qkv, index.to(self.device), lengths)
+        return scores.view(len(block.texts), len(block.images)).cpu().numpy()
+
+    def _embed(self, block: _Block) -> None:
+        for i in block.texts:
+            if i not in self.texts:
+                ids = torch.tensor(self.token_ids[i], device=self.device)[None]
+                self.texts[i] = self.backbone.embed_text(ids)[0].float()
+        self.images = {i: self.images[i] for i in block.images if i in self.images}
+        for i in block.images:
+            if i not in self.images:
+                encoded = self.processor.encode_regions(self.regions[i])
+                features = (
+                    torch.from_numpy(np.array(encoded["region_features"]))[None].to(self.device).float()
+                )
+                boxes = torch.from_numpy(np.array(encoded["region_boxes"]))[None].to(self.device).float()
+                self.images[i] = self.backbone.embed_regions(features, boxes)[0].float()
+
+    def _micro_batches(
+        self, lengths: list[int], num_texts: int
+    ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+        """Yield (pair numbers (B,), index (B, L) into the block's rows, lengths (B,)), longest pairs first.
+
+        A pair's row of `index` is its text's rows, then its image's, then padding (any row). Only the sum of
+        the two lengths matters, so pairs of different texts and images fill a batch without padding.
+        """
+        lengths = np.asarray(lengths)
+        starts = np.cumsum(lengths) - lengths
+        text = np.repeat(np.arange(num_texts), len(lengths) - num_texts)  # (pairs,)
+        image = np.tile(np.arange(num_texts, len(lengths)), num_texts)
+        total = lengths[text] + lengths[image]
+        order = np.argsort(-total, kind="stable")
+        begin = 0
+        while begin < len(order):
+            longest = total[order[begin]]
+            pairs = order[begin : begin + max(1, self.batch_tokens // longest)]
+            begin += len(pairs)
+            t, i = text[pairs, None], image[pairs, None]  # (B, 1)
+            position = np.arange(longest)[None]
+            index = np.where(position < lengths[t], starts[t] + position, starts[i] + position - lengths[t])
+            index = np.where(position < total[pairs, None], index, 0)
+            yield torch.from_numpy(pairs), torch.from_numpy(index), total[pairs]
+
+    def _forward(self, rows: Tensor, first_qkv: tuple, index: Tensor, lengths: np.ndarray) -> Tensor:
+        """Encoder and head: scores (B,) float32."""
+        mask = None  # without padding, attention needs no mask
+        if lengths.min() < index.shape[1]:
+            real = torch.arange(index.shape[1]) < torch.from_numpy(lengths)[:, None]  # (B, L)
+            mask = real[:, None, None].to(self.device)
+        hidden = rows[index]  # (B, L, H)
+        for number, layer in enumerate(self.layers):
+            attention = layer.attention.self
+            last = number == len(self.layers) - 1
+            asked = hidden[:, :1] if last else hidden
+            if number == 0:
+                query, key, value = (projected[index] for projected in first_qkv)
+                query = query[:, :1] if last else query
+            else:
+                query, key, value = attention.query(asked), attention.key(hidden), attention.value(hidden)
+            context = _attend(query, key, value, self.model.config.num_attention_heads, mask)
+            hidden = _after_attention(layer, context, asked)
+        return self._head(hidden)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        pooled = self.backbone.pooler(hidden)
+        if hasattr(self.model, "score_head"):
+            return self.model.score_head(pooled)[:, 0].float()
+        no_match, match = self.model.itm_head(pooled).float().unbind(1)
+        return match - no_match
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
+    """Bidirectional attention of (B, Q, H) over (B, L, H); the mask (B, 1, 1, L) is True at real
+    positions.""" query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key,
+    value)) return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1,
+    2).flatten(2)
+
+
+def _after_attention(layer: nn.Module, context: Tensor, residual: Tensor) -> Tensor:
+    """The rest of an XLM-R layer in eval mode: two post-norm residual blocks."""
+    output = layer.attention.output
+    attended = output.LayerNorm(output.dense(context) + residual)
+    intermediate = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(attended))
+    return layer.output.LayerNorm(layer.output.dense(intermediate) + attended)
+
+
+def _quantized(layers: nn.ModuleList) -> nn.ModuleList:
+    """A copy whose linear layers have int8 weights and quantise their inputs on the fly."""
+    with warnings.catch_warnings():  # torch announces a move of this function to another package
+        warnings.simplefilter("ignore", (DeprecationWarning, UserWarning))
+        scheme = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(layers), scheme)
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _sum_over_processes(scores: np.ndarray, device: torch.device) -> np.ndarray:
+    """Every pair is non-zero on one process only, so the sum is exact."""
+    total = torch.from_numpy(scores).to(device)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
+
+
+class _SavedBlocks:
+    """Finished blocks of one evaluation in a folder: `fingerprint.json` and a .npy file per block."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, str]):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "fingerprint.json"
+        if file.exists():
+            found = json.loads(file.read_text("utf-8"))
+            changed = [name for name in fingerprint if found.get(name) != fingerprint[name]]
+            if changed:
+                raise ValueError(
+                    f"{folder} holds the scores of another evaluation (its {', '.join(changed)} differ); "
+                    "give another folder or delete this one"
+                )
+        else:
+            temporary = folder / f".fingerprint.{os.getpid()}"
+            temporary.write_text(json.dumps(fingerprint, indent=2), "utf-8")
+            os.replace(temporary, file)
+
+    def load(self, block: _Block) -> np.ndarray | None:
+        path = self._path(block)
+        return np.load(path, allow_pickle=False) if path.exists() else None
+
+    def save(self, block: _Block, scores: np.ndarray) -> None:
+        save_scores(self._path(block), scores)
+
+    def _path(self, block: _Block) -> Path:
+        return self.folder / f"block_{block.index:06d}.npy"
+
+
+def _fingerprint(model, token_ids, regions, processor, precision: str) -> dict[str, str]:
+    """What the scores depend on, one digest per part. Independent of the number of processes."""
+    weights, texts, images = (hashlib.blake2b(digest_size=16) for _ in range(3))
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    texts.update(json.dumps(token_ids).encode())
+    for region in regions:
+        for array in processor.encode_regions(region).values():
+            array = np.ascontiguousarray(array)
+            images.update(f"{array.dtype}{array.shape}".encode())
+            images.update(array.view(np.uint8))
+    return {
+        "model": weights.hexdigest(),
+        "texts": texts.hexdigest(),
+        "regions": images.hexdigest(),
+        "precision": precision,
+        "blocks": f"{TEXTS_PER_BLOCK}x{IMAGES_PER_BLOCK}",
+    }
