@@ -1,0 +1,38 @@
+"""The UC2 networks. Importing this package makes the `Auto` classes of transformers know them."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoModelForVisualQuestionAnswering,
+)
+
+from .configuration_uc2 import OBJECTIVES, UC2Config
+from .modeling_uc2 import (
+    UC2ForPreTraining,
+    UC2ForRetrieval,
+    UC2ForVQA,
+    UC2Model,
+    UC2PreTrainedModel,
+    UC2PreTrainingOutput,
+    triplet_loss,
+)
+
+AutoConfig.register("uc2", UC2Config, exist_ok=True)
+AutoModel.register(UC2Config, UC2Model, exist_ok=True)
+AutoModelForPreTraining.register(UC2Config, UC2ForPreTraining, exist_ok=True)
+AutoModelForSequenceClassification.register(UC2Config, UC2ForRetrieval, exist_ok=True)
+AutoModelForVisualQuestionAnswering.register(UC2Config, UC2ForVQA, exist_ok=True)
+
+__all__ = [
+    "OBJECTIVES",
+    "UC2Config",
+    "UC2ForPreTraining",
+    "UC2ForRetrieval",
+    "UC2ForVQA",
+    "UC2Model",
+    "UC2PreTrainedModel",
+    "UC2PreTrainingOutput",
+    "triplet_loss",
+]

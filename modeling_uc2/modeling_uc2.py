@@ -1,0 +1,887 @@
+"""UC2 networks (Zhou et al., CVPR 2021, section 3): one XLM-R encoder over [caption tokens ; image regions].
+
+Shapes: B examples, T text tokens, R regions, F feature width, H hidden size, V vocabulary, K region classes.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, XLMRobertaForMaskedLM, XLMRobertaModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ModelOutput,
+    SequenceClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_uc2 import OBJECTIVES, TEXT_OBJECTIVES, UC2Config
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100
+TEXT_TYPE, REGION_TYPE = 0, 1
+# Target positions whose V logits are held at once: 128 x 250,002 float32 values are 128 MB.
+LOGIT_ROWS = 128
+# Rounding in float16 stores and in x / width may push a box this far over the image's edge.
+BOX_TOLERANCE = 1e-3
+AUTO_MAP = {
+    "AutoConfig": "configuration_uc2.UC2Config",
+    "AutoModel": "modeling_uc2.UC2Model",
+    "AutoModelForPreTraining": "modeling_uc2.UC2ForPreTraining",
+    "AutoModelForSequenceClassification": "modeling_uc2.UC2ForRetrieval",
+    "AutoModelForVisualQuestionAnswering": "modeling_uc2.UC2ForVQA",
+}
+
+
+@dataclass
+class UC2PreTrainingOutput(ModelOutput):
+    """
+    Args:
+        loss (`()`): sum over objectives of weight x mean loss over the objective's targets.
+        objective_loss (`(len(OBJECTIVES),)`): each objective's loss summed over this batch's targets, detached.
+        objective_items (`(len(OBJECTIVES),)`): the number of those targets.
+        objective_correct (`(len(OBJECTIVES),)`): targets predicted right; only in evaluation mode, and 0 for
+            `mrc_kl` and `mrfr`, which have no right answer.
+        example_loss, example_items, example_correct (`(B,)`): the same, summed within each example.
+        prediction_logits: LM-head logits, `(targets, V)` in row-major order of `[labels ; region_labels]`, or
+            `(B, T + R, V)` when no labels are given; only if asked for, or if there is nothing else to compute.
+        itm_logits (`(B, 2)`): image-text matching; index 1 is "match".
+        hidden_states, attentions: as in every transformers model.
+    """
+
+    loss: torch.FloatTensor | None = None
+    objective_loss: torch.FloatTensor | None = None
+    objective_items: torch.LongTensor | None = None
+    objective_correct: torch.LongTensor | None = None
+    example_loss: torch.FloatTensor | None = None
+    example_items: torch.LongTensor | None = None
+    example_correct: torch.LongTensor | None = None
+    prediction_logits: torch.FloatTensor | None = None
+    itm_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class UC2TextEmbeddings(nn.Module):
+    """XLM-R's embeddings: LayerNorm(word + position + token type)."""
+
+    def __init__(self, config: UC2Config):
+        super().__init__()
+        self.padding_idx = config.pad_token_id
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=self.padding_idx)
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings, config.hidden_size, padding_idx=self.padding_idx
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids=None, position_ids=None, token_type_ids=None, inputs_embeds=None) -> torch.Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if position_ids is None:
+            position_ids = self.count_positions(input_ids, inputs_embeds)
+        if token_type_ids is None:
+            token_types = self.token_type_embeddings.weight[TEXT_TYPE]
+        else:
+            token_types = self.token_type_embeddings(token_type_ids)
+        embeddings = inputs_embeds + self.position_embeddings(position_ids) + token_types
+        return self.dropout(self.LayerNorm(embeddings))
+
+    def count_positions(self, input_ids, inputs_embeds) -> torch.LongTensor:
+        """Positions run from pad + 1 over the tokens that are not padding, as XLM-R's do; padding stays at pad."""
+        if input_ids is None:
+            real = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
+        else:
+            real = input_ids.ne(self.padding_idx).long()
+        return real.cumsum(dim=1) * real + self.padding_idx
+
+
+class UC2RegionEmbeddings(nn.Module):
+    """LayerNorm(LayerNorm(W f) + LayerNorm(W' l) + token type 1), paper section 3.2."""
+
+    def __init__(self, config: UC2Config):
+        super().__init__()
+        self.feature_projection = nn.Linear(config.region_feature_size, config.hidden_size)
+        self.feature_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.location_projection = nn.Linear(7, config.hidden_size)
+        self.location_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mask_embedding = nn.Parameter(torch.zeros(config.region_feature_size))
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, region_features, region_boxes, token_type, region_mask=None) -> torch.Tensor:
+        dtype = self.feature_projection.weight.dtype
+        features, boxes = region_features.to(dtype), region_boxes.to(dtype)
+        if region_mask is None:
+            # The mask vector takes part in every step, so that its gradient is 0 and never absent (DDP).
+            region_mask = features.new_zeros(features.shape[:2])
+        features = features + region_mask.unsqueeze(-1).to(dtype) * self.mask_embedding
+        size = boxes[..., 2:] - boxes[..., :2]
+        location = torch.cat([boxes, size, size.prod(dim=-1, keepdim=True)], dim=-1)
+        embeddings = (
+            self.feature_layer_norm(self.feature_projection(features))
+            + self.location_layer_norm(self.location_projection(location))
+            + token_type
+        )
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Plain attention that also returns its weights; query, key, value are (B, heads, N, H / heads)."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class UC2SelfAttention(nn.Module):
+    def __init__(self, config: UC2Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = False  # read by the sdpa interface, which would otherwise mask the future
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_size**-0.5
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout_prob = config.attention_probs_dropout_prob
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs: Unpack[TransformersKwargs]):
+        split = (*hidden_states.shape[:-1], -1, self.head_size)
+        query, key, value = (
+            projection(hidden_states).view(split).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.dropout_prob if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return output.reshape(hidden_states.shape).contiguous(), weights
+
+
+class UC2ResidualOutput(nn.Module):
+    """LayerNorm(residual + dropout(W x)): the end of both sub-layers of an encoder layer."""
+
+    def __init__(self, config: UC2Config, input_size: int):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.encoder_layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class UC2Attention(nn.Module):
+    def __init__(self, config: UC2Config, layer_idx: int):
+        super().__init__()
+        self.self = UC2SelfAttention(config, layer_idx)
+        self.output = UC2ResidualOutput(config, config.hidden_size)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.self(hidden_states, attention_mask, **kwargs)
+        return self.output(attended, hidden_states)
+
+
+class UC2Intermediate(nn.Module):
+    def __init__(self, config: UC2Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(hidden_states))
+
+
+class UC2Layer(GradientCheckpointingLayer):
+    """One encoder layer, with XLM-R's parameter names."""
+
+    def __init__(self, config: UC2Config, layer_idx: int):
+        super().__init__()
+        self.attention = UC2Attention(config, layer_idx)
+        self.intermediate = UC2Intermediate(config)
+        self.output = UC2ResidualOutput(config, config.intermediate_size)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended = self.attention(hidden_states, attention_mask, **kwargs)
+        return self.output(self.intermediate(attended), attended)
+
+
+class UC2Encoder(nn.Module):
+    def __init__(self, config: UC2Config):
+        super().__init__()
+        self.layer = nn.ModuleList([UC2Layer(config, i) for i in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class UC2Pooler(nn.Module):
+    """tanh(W h) of the first token, (B, N, H) -> (B, H)."""
+
+    def __init__(self, config: UC2Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.dense(hidden_states[:, 0]))
+
+
+class UC2LMHead(nn.Module):
+    """XLM-R's LM head; its decoder is tied to the word embeddings. (…, H) -> (…, V)"""
+
+    def __init__(self, config: UC2Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.layer_norm(F.gelu(self.dense(hidden_states))))
+
+
+class UC2RegionClassifier(nn.Module):
+    """Detector-class logits of a region, for MRC and MRC-KL (paper Table 3). (…, H) -> (…, K)"""
+
+    def __init__(self, config: UC2Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.encoder_layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.num_region_classes)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.layer_norm(F.gelu(self.dense(hidden_states))))
+
+
+class UC2RegionRegressor(nn.Module):
+    """The masked region's feature, for MRFR; the decoder is the transposed feature projection. (…, H) -> (…, F)"""
+
+    def __init__(self, config: UC2Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.encoder_layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.region_feature_size))
+
+    def forward(self, hidden_states: torch.Tensor, projection_weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.layer_norm(F.gelu(self.dense(hidden_states))), projection_weight.t(), self.bias)
+
+
+class UC2PreTrainedModel(PreTrainedModel):
+    config: UC2Config
+    base_model_prefix = "uc2"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["UC2TextEmbeddings", "UC2RegionEmbeddings", "UC2Layer"]
+    _can_record_outputs = {"hidden_states": UC2Layer, "attentions": UC2SelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, UC2RegionEmbeddings):
+            init.normal_(module.mask_embedding, std=self.config.initializer_range)
+        elif isinstance(module, UC2LMHead | UC2RegionRegressor):
+            init.zeros_(module.bias)
+
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+        """Also writes the two source files of this package, so that the folder loads by itself with
+        `trust_remote_code=True` through every Auto class, whichever head was saved."""
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for source in (Path(__file__).with_name("configuration_uc2.py"), Path(__file__)):
+                if source.parent.resolve() != Path(save_directory).resolve():
+                    shutil.copyfile(source, Path(save_directory, source.name))
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+
+    @classmethod
+    def from_text_encoder(cls, name_or_path: str, **config_overrides):
+        """A UC2 whose text part, pooler and LM head are those of an XLM-R checkpoint of any size (paper 3.2).
+
+        Args:
+            name_or_path: Hub id or folder of an `xlm-roberta` model.
+            config_overrides: fields of `UC2Config`, for example `region_feature_size=1024`.
+
+        The region encoder, the row of token type 1 and the task heads are freshly initialised.
+        """
+        text_model = XLMRobertaModel.from_pretrained(name_or_path)
+        source = text_model.config
+        if source.model_type != "xlm-roberta":
+            raise ValueError(f"{name_or_path} holds a {source.model_type!r} model; expected 'xlm-roberta'.")
+        inherited = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+            "hidden_dropout_prob attention_probs_dropout_prob max_position_embeddings initializer_range "
+            "layer_norm_eps pad_token_id bos_token_id eos_token_id"
+        ).split()
+        fields = {name: getattr(source, name) for name in inherited}
+        # XLM-R has one epsilon: with it, the text-only output is XLM-R's own.
+        fields["encoder_layer_norm_eps"] = source.layer_norm_eps
+        model = cls(UC2Config(**{**fields, **config_overrides}))
+
+        weights = text_model.state_dict()
+        token_types = model.base_model.embeddings.token_type_embeddings.weight.detach().clone()
+        token_types[TEXT_TYPE] = weights["embeddings.token_type_embeddings.weight"][TEXT_TYPE]
+        weights["embeddings.token_type_embeddings.weight"] = token_types
+        report = model.base_model.load_state_dict(weights, strict=False)
+        fresh = [key for key in report.missing_keys if not key.startswith("region_embeddings.")]
+        if fresh or report.unexpected_keys:
+            raise ValueError(
+                f"{name_or_path} does not fit UC2: missing {fresh}, unexpected {report.unexpected_keys}."
+            )
+        if hasattr(model, "lm_head"):
+            lm_head = XLMRobertaForMaskedLM.from_pretrained(name_or_path).lm_head
+            model.lm_head.load_state_dict(lm_head.state_dict())
+        model.tie_weights()
+        return model
+
+
+class UC2Model(UC2PreTrainedModel):
+    """The encoder over [text ; regions]; either part may be left out (paper section 3.2)."""
+
+    def __init__(self, config: UC2Config):
+        super().__init__(config)
+        config.validate()  # from_pretrained(path, field=value) sets fields after the config has checked itself
+        self.embeddings = UC2TextEmbeddings(config)
+        self.region_embeddings = UC2RegionEmbeddings(config)
+        self.encoder = UC2Encoder(config)
+        self.pooler = UC2Pooler(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    def embed_text(self, input_ids=None, position_ids=None, token_type_ids=None, inputs_embeds=None):
+        """(B, T) ids, or (B, T, H) word embeddings, -> (B, T, H) as the encoder reads them."""
+        return self.embeddings(input_ids, position_ids, token_type_ids, inputs_embeds)
+
+    def embed_regions(self, region_features, region_boxes, region_mask=None):
+        """(B, R, F) features, (B, R, 4) boxes, (B, R) True where masked, -> (B, R, H) as the encoder reads them."""
+        token_type = self.embeddings.token_type_embeddings.weight[REGION_TYPE]
+        return self.region_embeddings(region_features, region_boxes, token_type, region_mask)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_boxes: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids (`(B, T)`): caption tokens; or `inputs_embeds` (`(B, T, H)`) in their place.
+            attention_mask (`(B, T)`): 1 for real tokens; all real if left out.
+            token_type_ids (`(B, T)`): 0 if left out.
+            position_ids (`(B, T)`): counted from pad + 1 over real tokens if left out. VTLM restarts them.
+            region_features (`(B, R, F)`): any float type. A masked region's feature is zeroed by the data side.
+            region_boxes (`(B, R, 4)`): x1, y1, x2, y2 in [0, 1] of the image's width and height.
+            region_attention_mask (`(B, R)`): 1 for real regions; all real if left out.
+            region_mask (`(B, R)`): true where the learnt mask vector is added to the feature.
+
+        Returns `last_hidden_state` `(B, T + R, H)`, text first, and `pooler_output` `(B, H)`.
+        Raises `ValueError` for shapes that do not fit together; NaN features, boxes outside the image and
+        examples without any token or region are looked for on the CPU only, where it needs no synchronisation.
+        """
+        _check_shapes(self.config, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids)
+        _check_region_shapes(self.config, region_features, region_boxes, region_attention_mask, region_mask)
+        parts, masks = [], []
+        if input_ids is not None or inputs_embeds is not None:
+            parts.append(self.embed_text(input_ids, position_ids, token_type_ids, inputs_embeds))
+            masks.append(_mask_or_ones(attention_mask, parts[-1]))
+        if region_features is not None:
+            parts.append(self.embed_regions(region_features, region_boxes, region_mask))
+            masks.append(_mask_or_ones(region_attention_mask, parts[-1]))
+        if not parts:
+            raise ValueError("UC2 got neither text (input_ids or inputs_embeds) nor regions (region_features).")
+        if len(parts) == 2 and len(parts[0]) != len(parts[1]):
+            raise ValueError(f"The batch has {len(parts[0])} texts but {len(parts[1])} region sets.")
+        sequence, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
+        if sequence.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_values(mask, region_features, region_boxes, masks[-1])
+
+        encoder_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=sequence, attention_mask=mask
+        )
+        hidden_states = self.encoder(sequence, attention_mask=encoder_mask, **kwargs).last_hidden_state
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states)
+        )
+
+
+def _mask_or_ones(mask: torch.Tensor | None, embeddings: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return embeddings.new_ones(embeddings.shape[:2], dtype=torch.long)
+    return mask.to(device=embeddings.device, dtype=torch.long)
+
+
+def _check_shapes(config, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids):
+    if input_ids is not None and inputs_embeds is not None:
+        raise ValueError("UC2 takes input_ids or inputs_embeds, not both.")
+    text = input_ids if input_ids is not None else inputs_embeds
+    given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        if text is None:
+            raise ValueError(f"{name} is given without input_ids or inputs_embeds.")
+        fits = tensor.shape == text.shape[:2] or (name == "position_ids" and tensor.shape == (1, text.shape[1]))
+        if not fits:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; the text is {tuple(text.shape[:2])}.")
+    longest = config.max_position_embeddings - config.pad_token_id - 1
+    if text is not None and position_ids is None and text.shape[1] > longest:
+        raise ValueError(f"The text has {text.shape[1]} tokens; UC2 has positions for {longest}.")
+
+
+def _check_region_shapes(config, region_features, region_boxes, region_attention_mask, region_mask):
+    given = {
+        "region_boxes": region_boxes,
+        "region_attention_mask": region_attention_mask,
+        "region_mask": region_mask,
+    }
+    if region_features is None:
+        for name, tensor in given.items():
+            if tensor is not None:
+                raise ValueError(f"{name} is given without region_features.")
+        return
+    if region_features.dim() != 3 or region_features.shape[2] != config.region_feature_size:
+        raise ValueError(
+            f"region_features is {tuple(region_features.shape)}; expected (batch, regions, "
+            f"region_feature_size={config.region_feature_size})."
+        )
+    if region_boxes is None:
+        raise ValueError("region_features needs region_boxes: (batch, regions, 4) in [0, 1].")
+    for name, tensor in given.items():
+        expected = tuple(region_features.shape[:2]) + ((4,) if name == "region_boxes" else ())
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}; region_features ask for {expected}.")
+
+
+def _check_values(mask, region_features, region_boxes, region_attention_mask):
+    empty = (mask.sum(dim=1) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"Examples {empty} of the batch have neither text nor regions.")
+    if region_features is None:
+        return
+    real = region_attention_mask.bool()
+    # One non-finite value makes the row's sum non-finite: a cheaper scan than isfinite of every element.
+    finite = region_features.sum(dim=-1, dtype=torch.float32).isfinite()
+    if not bool(finite.logical_or(~real).all()):
+        example, region = (~finite & real).nonzero()[0].tolist()
+        raise ValueError(f"region_features[{example}, {region}] holds NaN or infinite values.")
+    low, high = region_boxes.amin(dim=-1), region_boxes.amax(dim=-1)
+    inside = (low >= -BOX_TOLERANCE) & (high <= 1 + BOX_TOLERANCE)
+    inside &= (region_boxes[..., 2:] >= region_boxes[..., :2]).all(dim=-1)
+    if not bool(inside.logical_or(~real).all()):
+        example, region = (~inside & real).nonzero()[0].tolist()
+        raise ValueError(
+            f"region_boxes[{example}, {region}] is {region_boxes[example, region].tolist()}; "
+            "expected 0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1."
+        )
+
+
+class UC2ForPreTraining(UC2PreTrainedModel):
+    """All pre-training objectives over one mixed batch (paper section 3.3).
+
+    One LM head serves MLM, VTLM and MRTM; every head runs in every step, on an empty selection if need be, so
+    that all parameters always have a gradient and data-parallel ranks stay in step.
+    """
+
+    _tied_weights_keys = {
+        "lm_head.decoder.weight": "uc2.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+
+    def __init__(self, config: UC2Config):
+        super().__init__(config)
+        self.uc2 = UC2Model(config)
+        self.lm_head = UC2LMHead(config)
+        self.itm_head = nn.Linear(config.hidden_size, 2)
+        if {"mrc", "mrc_kl"} & set(config.objectives):
+            self.region_classifier = UC2RegionClassifier(config)
+        if "mrfr" in config.objectives:
+            self.region_regressor = UC2RegionRegressor(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_boxes: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        region_labels: torch.LongTensor | None = None,
+        itm_labels: torch.LongTensor | None = None,
+        region_class_labels: torch.LongTensor | None = None,
+        region_class_probs: torch.Tensor | None = None,
+        region_feature_targets: torch.Tensor | None = None,
+        objective_ids: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
+        output_prediction_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UC2PreTrainingOutput:
+        """
+        Model inputs as in `UC2Model`. Any set of labels may be given; -100 = ignored:
+            labels (`(B, T)`): vocabulary ids of masked tokens (MLM, VTLM, TLM).
+            region_labels (`(B, R)`): a sub-word id of each masked region's detected label (MRTM).
+            itm_labels (`(B,)`): 1 where text and image belong together, 0 where not (ITM).
+            region_class_labels (`(B, R)`): detected class (MRC).
+            region_class_probs (`(B, R, K)`): the detector's class distribution; all-zero rows ignored (MRC-KL).
+            region_feature_targets (`(B, R, F)`): original features, read where `region_mask` is true (MRFR).
+            objective_ids (`(B,)`): index in `OBJECTIVES`; tells VTLM and TLM rows of `labels` from MLM's.
+            num_items_in_batch (`(len(OBJECTIVES),)`): targets of each objective in the whole update, over all
+                micro-batches and processes; this batch's own if left out.
+            output_prediction_logits: whether to return them; by default only when no labels are given.
+        """
+        outputs = self.uc2(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            region_features=region_features,
+            region_boxes=region_boxes,
+            region_attention_mask=region_attention_mask,
+            region_mask=region_mask,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        num_regions = 0 if region_features is None else region_features.shape[1]
+        text_length = hidden.shape[1] - num_regions
+        itm_logits = self.itm_head(outputs.pooler_output)
+        result = UC2PreTrainingOutput(
+            itm_logits=itm_logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        targets = (labels, region_labels, itm_labels, region_class_labels, region_class_probs, region_feature_targets)
+        if all(target is None for target in targets):
+            if output_prediction_logits is None or output_prediction_logits:
+                result.prediction_logits = self.lm_head(hidden)
+            return result
+
+        items = _ObjectiveItems(batch_size=len(hidden), with_correct=not self.training)
+        self._add_token_items(
+            items, hidden, text_length, labels, region_labels, objective_ids, output_prediction_logits, result
+        )
+        self._add_matching_items(items, itm_logits, itm_labels)
+        self._add_ablation_items(
+            items,
+            hidden[:, text_length:],
+            region_class_labels,
+            region_class_probs,
+            region_feature_targets,
+            region_mask,
+        )
+        items.summarise_into(result, self.config.objective_weights, num_items_in_batch)
+        return result
+
+    def _add_token_items(
+        self, items, hidden, text_length, labels, region_labels, objective_ids, output_logits, result
+    ):
+        """MLM, VTLM, TLM (text positions) and MRTM (regions): one cross-entropy over the picked positions."""
+        targets = hidden.new_full(hidden.shape[:2], IGNORED, dtype=torch.long)
+        objectives = hidden.new_full(hidden.shape[:2], OBJECTIVES.index("mrtm"), dtype=torch.long)
+        if labels is not None:
+            targets[:, :text_length] = labels
+        if region_labels is not None:
+            targets[:, text_length:] = region_labels
+        objectives[:, :text_length] = OBJECTIVES.index("mlm")
+        if objective_ids is not None:
+            text_ids = torch.tensor([OBJECTIVES.index(name) for name in TEXT_OBJECTIVES], device=hidden.device)
+            is_text = torch.isin(objective_ids, text_ids).unsqueeze(1)
+            objectives[:, :text_length] = torch.where(
+                is_text, objective_ids.unsqueeze(1), objectives[:, :text_length]
+            )
+        picked = targets != IGNORED
+        losses, correct, logits = self._decode(hidden[picked], targets[picked], bool(output_logits))
+        items.add(picked.nonzero()[:, 0], objectives[picked], losses, correct)
+        result.prediction_logits = logits
+
+    def _decode(self, hidden, targets, keep_logits: bool):
+        """(N, H), (N,) -> losses (N,), hits (N,) and logits (N, V) if kept.
+
+        In training the logits are computed `LOGIT_ROWS` positions at a time and again in the backward pass, so
+        that N x V values and their gradient never exist together.
+        """
+
+        def chunk_losses(hidden, targets):
+            logits = self.lm_head(hidden).float()
+            return F.cross_entropy(logits, targets, reduction="none"), logits
+
+        if not keep_logits and self.training and len(targets) > LOGIT_ROWS:
+            losses = [
+                checkpoint(lambda h, t: chunk_losses(h, t)[0], h, t, use_reentrant=False)
+                for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+            ]
+            return torch.cat(losses), None, None
+        if keep_logits or self.training:
+            losses, logits = chunk_losses(hidden, targets)
+            return losses, logits.detach().argmax(dim=-1) == targets, logits if keep_logits else None
+        losses, hits = [], []
+        for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+            loss, logits = chunk_losses(h, t)
+            losses.append(loss)
+            hits.append(logits.argmax(dim=-1) == t)
+        return torch.cat(losses), torch.cat(hits), None
+
+    def _add_matching_items(self, items, itm_logits, itm_labels):
+        if itm_labels is None:
+            itm_labels = torch.full_like(itm_logits[:, 0], IGNORED, dtype=torch.long)
+        rows = (itm_labels != IGNORED).nonzero().flatten()
+        logits, targets = itm_logits[rows].float(), itm_labels[rows]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        items.add(rows, OBJECTIVES.index("itm"), losses, logits.argmax(dim=-1) == targets)
+
+    def _add_ablation_items(self, items, regions, class_labels, class_probs, feature_targets, region_mask):
+        """MRC: cross-entropy; MRC-KL: KL divergence summed over classes; MRFR: squared error, mean over F."""
+        nothing = torch.zeros(regions.shape[:2], dtype=torch.bool, device=regions.device)
+        if hasattr(self, "region_classifier"):
+            picked = nothing if class_labels is None else class_labels != IGNORED
+            logits = self.region_classifier(regions[picked]).float()
+            targets = class_labels[picked] if class_labels is not None else picked.new_zeros(0, dtype=torch.long)
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            items.add(picked.nonzero()[:, 0], OBJECTIVES.index("mrc"), losses, logits.argmax(dim=-1) == targets)
+
+            picked = nothing if class_probs is None else class_probs.sum(dim=-1) > 0
+            logits = self.region_classifier(regions[picked]).float()
+            targets = class_probs[picked].float() if class_probs is not None else torch.zeros_like(logits)
+            losses = F.kl_div(logits.log_softmax(dim=-1), targets, reduction="none").sum(dim=-1)
+            items.add(picked.nonzero()[:, 0], OBJECTIVES.index("mrc_kl"), losses)
+        elif class_labels is not None or class_probs is not None:
+            raise ValueError("Region class targets need 'mrc' or 'mrc_kl' in config.objectives.")
+        if hasattr(self, "region_regressor"):
+            picked = nothing if feature_targets is None or region_mask is None else region_mask.bool()
+            weight = self.uc2.region_embeddings.feature_projection.weight
+            predictions = self.region_regressor(regions[picked], weight).float()
+            targets = feature_targets[picked].float() if feature_targets is not None else predictions.detach()
+            losses = F.mse_loss(predictions, targets, reduction="none").mean(dim=-1)
+            items.add(picked.nonzero()[:, 0], OBJECTIVES.index("mrfr"), losses)
+        elif feature_targets is not None:
+            raise ValueError("region_feature_targets need 'mrfr' in config.objectives.")
+
+
+class _ObjectiveItems:
+    """Collects the losses of single targets, each with its example and its objective."""
+
+    def __init__(self, batch_size: int, with_correct: bool):
+        self.batch_size, self.with_correct = batch_size, with_correct
+        self.rows, self.objectives, self.losses, self.correct = [], [], [], []
+
+    def add(self, rows, objective, losses, correct=None):
+        """rows (N,), objective an index or (N,), losses (N,), correct (N,) or None."""
+        objectives = objective if torch.is_tensor(objective) else torch.full_like(rows, objective)
+        self.rows.append(rows)
+        self.objectives.append(objectives)
+        self.losses.append(losses.float())
+        self.correct.append(torch.zeros_like(rows) if correct is None else correct.long())
+
+    def summarise_into(self, result: UC2PreTrainingOutput, weights: dict | None, num_items) -> None:
+        rows, objectives = torch.cat(self.rows), torch.cat(self.objectives)
+        losses, correct = torch.cat(self.losses), torch.cat(self.correct)
+
+        def total(index, size, values):
+            return values.new_zeros(size).index_add(0, index, values)
+
+        count = len(OBJECTIVES)
+        ones = torch.ones_like(rows)
+        objective_loss, items = total(objectives, count, losses), total(objectives, count, ones)
+        weights = losses.new_tensor([(weights or {}).get(name, 1.0) for name in OBJECTIVES])
+        divisor = items if num_items is None else num_items.to(losses.device)
+        result.loss = (weights * objective_loss / divisor.clamp(min=1)).sum()
+        result.objective_loss, result.objective_items = objective_loss.detach(), items
+        result.example_loss = total(rows, self.batch_size, losses.detach())
+        result.example_items = total(rows, self.batch_size, ones)
+        if self.with_correct:
+            result.objective_correct = total(objectives, count, correct)
+            result.example_correct = total(rows, self.batch_size, correct)
+
+
+def triplet_loss(logits: torch.Tensor, margin: float = 0.2) -> torch.Tensor:
+    """Hinge on sigmoid scores, unreduced (paper A.1): max(0, margin + s(negative) - s(positive)).
+
+    Args:
+        logits (`(groups, 1 + negatives)`): raw scores; the first of each group is the true pair.
+
+    Returns `(groups, negatives)`.
+    """
+    scores = torch.sigmoid(logits.float())
+    return (margin + scores[:, 1:] - scores[:, :1]).clamp(min=0)
+
+
+class UC2ForRetrieval(UC2PreTrainedModel):
+    """Image-text score for retrieval (paper section 4): Linear(pooled); its sigmoid is a probability."""
+
+    def __init__(self, config: UC2Config):
+        super().__init__(config)
+        self.uc2 = UC2Model(config)
+        self.score_head = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @classmethod
+    def from_pretraining(cls, pretrained_model_name_or_path, **kwargs):
+        """A retrieval model whose head starts as the "match" row of the checkpoint's ITM head."""
+        source = UC2ForPreTraining.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = cls(source.config).to(source.dtype)
+        model.uc2.load_state_dict(source.uc2.state_dict())
+        with torch.no_grad():
+            model.score_head.weight.copy_(source.itm_head.weight[1:])
+            model.score_head.bias.copy_(source.itm_head.bias[1:])
+        return model.eval()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_boxes: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        group_size: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """
+        Model inputs as in `UC2Model`; `logits` are `(B, 1)`. The loss is either
+            labels (`(B,)` of 0 and 1): binary cross-entropy, mean over the batch; or
+            group_size: the triplet loss over consecutive groups of that many rows, the true pair first.
+        """
+        outputs = self.uc2(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            region_features=region_features,
+            region_boxes=region_boxes,
+            region_attention_mask=region_attention_mask,
+            region_mask=region_mask,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score_head(outputs.pooler_output)
+        loss = None
+        if group_size is not None:
+            if group_size < 2 or len(logits) % group_size:
+                raise ValueError(f"A batch of {len(logits)} pairs has no groups of {group_size} pairs.")
+            loss = triplet_loss(logits.view(-1, group_size), self.config.retrieval_margin).mean()
+        elif labels is not None:
+            loss = F.binary_cross_entropy_with_logits(logits.float().flatten(), labels.float().flatten())
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class UC2ForVQA(UC2PreTrainedModel):
+    """Answer classification (paper section 4.1.2); the classes are `config.id2label`."""
+
+    def __init__(self, config: UC2Config):
+        super().__init__(config)
+        self.uc2 = UC2Model(config)
+        self.classifier = nn.Sequential(
+            nn.Linear(config.hidden_size, 2 * config.hidden_size),
+            nn.GELU(),
+            nn.LayerNorm(2 * config.hidden_size, eps=config.encoder_layer_norm_eps),
+            nn.Linear(2 * config.hidden_size, config.num_labels),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        region_features: torch.Tensor | None = None,
+        region_boxes: torch.Tensor | None = None,
+        region_attention_mask: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """
+        Model inputs as in `UC2Model`; `logits` are `(B, answers)`.
+            labels (`(B, answers)`): soft targets in [0, 1]; binary cross-entropy, summed over the answers and
+                averaged over the batch.
+        """
+        outputs = self.uc2(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            region_features=region_features,
+            region_boxes=region_boxes,
+            region_attention_mask=region_attention_mask,
+            region_mask=region_mask,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape:
+                raise ValueError(
+                    f"labels are {tuple(labels.shape)}; expected (batch, answers) {tuple(logits.shape)}."
+                )
+            losses = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
+            loss = losses.sum(dim=-1).mean()
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["UC2ForPreTraining", "UC2ForRetrieval", "UC2ForVQA", "UC2Model", "UC2PreTrainedModel"]

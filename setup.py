@@ -1,0 +1,55 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="uc2",
+    version="0.1.0",
+    description="UC2: universal cross-lingual cross-modal vision-and-language pre-training for Hugging Face",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["modeling_uc2", "processing_uc2", "uc2", "uc2.model_cards"],
+    package_dir={"uc2.model_cards": "model_cards"},
+    package_data={"uc2.model_cards": ["*.md"]},
+    py_modules=["run_pretraining", "run_retrieval", "run_vqa", "prepare_corpus"],
+    install_requires=[
+        # The Trainer's item counting and the masking helpers are read from this release's internals.
+        "transformers>=5.24,<6",
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "huggingface_hub>=1.0",
+        "safetensors>=0.6",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.22",
+        "timm>=1.0.15",
+        "pyarrow>=18",
+        "numpy>=1.26",
+        "pillow>=10",
+        "sil-thot>=3.4",
+        "sacrebleu>=2.4",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+        "pyyaml>=6",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.16"],
+        "importers": ["lmdb>=1.4", "msgpack>=1.0", "h5py>=3.10"],
+        "peft": ["peft>=0.15"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+            "hypothesis>=6.100",
+            "lmdb>=1.4",
+            "msgpack>=1.0",
+            "msgpack-numpy>=0.4.8",
+            "h5py>=3.10",
+            "peft>=0.15",
+        ],
+    },
+)
