@@ -41,7 +41,9 @@ class DataError(ValueError):
         expected: what would have been right, in words.
     """
 
-    def __init__(self, *, file=None, row: int | None = None, field: str | None = None, found=None, expected: str = ""):
+    def __init__(
+        self, *, file=None, row: int | None = None, field: str | None = None, found=None, expected: str = ""
+    ):
         self.file, self.row, self.field, self.found, self.expected = file, row, field, found, expected
         place = [str(file)] if file is not None else []
         place += [f"row {row}"] if row is not None else []
@@ -51,7 +53,9 @@ class DataError(ValueError):
 
     def __reduce__(self):
         # Keyword-only arguments do not survive the default pickling, and errors must cross process borders.
-        arguments = dict(file=self.file, row=self.row, field=self.field, found=self.found, expected=self.expected)
+        arguments = dict(
+            file=self.file, row=self.row, field=self.field, found=self.found, expected=self.expected
+        )
         return _rebuild_data_error, (arguments,)
 
 
@@ -67,7 +71,7 @@ def _shorten(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-# --- checks of single rows: each returns the row with exactly the documented fields ---------------------------------
+# --- checks of single rows: each returns the row with exactly the documented fields ---
 
 
 @dataclass
@@ -128,7 +132,9 @@ def _check_alignment(check: _RowCheck, captions: dict[str, str]) -> dict[str, st
     alignment = {code: links for code, links in alignment.items() if links is not None}
     for code, links in alignment.items():
         if code not in captions:
-            raise check.fail(f"alignment.{code}", links, f"links only to captions of the row ({', '.join(captions)})")
+            raise check.fail(
+                f"alignment.{code}", links, f"links only to captions of the row ({', '.join(captions)})"
+            )
         if not isinstance(links, str) or not _ALIGNMENT.fullmatch(links):
             raise check.fail(f"alignment.{code}", links, "links in Pharaoh format such as '0-0 1-2'")
     return alignment
@@ -187,7 +193,7 @@ _KINDS = {
 }
 
 
-# --- reading rows of any source, each with its number ----------------------------------------------------------------
+# --- reading rows of any source, each with its number ---
 
 
 def _json_line_rows(file: str) -> Iterator[tuple[int, Any]]:
@@ -219,7 +225,9 @@ def _parse_json(content: bytes, file: str, row: int | None) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(file=file, row=row, found=Found(f"malformed JSON ({error})"), expected="one JSON object") from error
+        raise DataError(
+            file=file, row=row, found=Found(f"malformed JSON ({error})"), expected="one JSON object"
+        ) from error
 
 
 def _parquet_rows(file: str) -> Iterator[tuple[int, dict]]:
@@ -249,7 +257,9 @@ _READERS = {".jsonl": _json_line_rows, ".json": _json_rows, ".parquet": _parquet
 def _reader(file: str) -> Callable[[str], Iterator[tuple[int, Any]]]:
     suffix = Path(file.removesuffix(".gz")).suffix.lower()
     if suffix not in _READERS:
-        raise DataError(file=file, found=Found(f"a file ending in '{suffix}'"), expected=f"one of {', '.join(_READERS)}")
+        raise DataError(
+            file=file, found=Found(f"a file ending in '{suffix}'"), expected=f"one of {', '.join(_READERS)}"
+        )
     return _READERS[suffix]
 
 
@@ -260,7 +270,9 @@ def _numbered_rows(source: str, split: str, streaming: bool = False) -> Iterator
         try:
             yield from _reader(source)(source)
         except (pa.ArrowException, EOFError, gzip.BadGzipFile) as error:
-            raise DataError(file=source, found=Found(f"an unreadable file ({error})"), expected="a whole file") from error
+            raise DataError(
+                file=source, found=Found(f"an unreadable file ({error})"), expected="a whole file"
+            ) from error
     elif path.is_dir():
         yield from enumerate(_pick_split(datasets.load_from_disk(source), source, split), start=1)
     else:
@@ -271,7 +283,9 @@ def _pick_split(loaded, source: str, split: str) -> datasets.Dataset:
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if split not in loaded:
-        raise DataError(file=source, found=Found(f"the splits {', '.join(loaded)}"), expected=f"a split '{split}'")
+        raise DataError(
+            file=source, found=Found(f"the splits {', '.join(loaded)}"), expected=f"a split '{split}'"
+        )
     return loaded[split]
 
 
@@ -284,7 +298,9 @@ def _checked_rows(
         number, ignored = 0, set()
         for number, values in _numbered_rows(source, split, streaming):
             if not isinstance(values, dict):
-                raise DataError(file=source, row=number, found=values, expected="an object with the fields of a row")
+                raise DataError(
+                    file=source, row=number, found=values, expected="an object with the fields of a row"
+                )
             row = kind.check(_RowCheck(source, number, values), languages)
             ignored.update(values.keys() - set(kind.fields))
             if kind.unique:
@@ -303,7 +319,7 @@ def _check_unique(value: Any, field: str, place: tuple[str, int], seen: dict) ->
         raise DataError(file=place[0], row=place[1], field=field, found=value, expected=expected)
 
 
-# --- public loading functions ---------------------------------------------------------------------------------------
+# --- public loading functions ---
 
 
 def load_parallel_captions(files, *, languages=None, streaming: bool = False, split: str = "train"):
@@ -337,7 +353,9 @@ def load_parallel_captions(files, *, languages=None, streaming: bool = False, sp
 def load_captions(files, *, languages=None, streaming: bool = False, split: str = "train"):
     """Rows for retrieval, one caption each: `image_id`, `language`, `caption` (arguments as above)."""
     names = _KINDS["captions"].fields
-    return _load(files, "captions", languages, streaming, split, {name: datasets.Value("string") for name in names})
+    return _load(
+        files, "captions", languages, streaming, split, {name: datasets.Value("string") for name in names}
+    )
 
 
 def load_questions(files, *, languages=None, streaming: bool = False, split: str = "train"):
@@ -361,9 +379,12 @@ def _sources(files) -> list[str]:
         raise DataError(found=Found("no file"), expected="at least one file of rows")
     for source in sources:
         # A Hub id is "name" or "owner/name"; whatever looks like a file must exist.
-        is_path = os.path.isabs(source) or source.count("/") > 1 or source.startswith(".") or Path(source).suffix in {
-            *_READERS, ".gz"
-        }
+        is_path = (
+            os.path.isabs(source)
+            or source.count("/") > 1
+            or source.startswith(".")
+            or Path(source).suffix in {*_READERS, ".gz"}
+        )
         if is_path and not os.path.exists(source):
             raise DataError(file=source, found=Found("no such file"), expected="a file of rows")
         if os.path.isfile(source):
@@ -380,7 +401,9 @@ def _in_order(languages: Iterable[str]) -> list[str]:
 def _stream(sources: list[str], kind_name: str, languages, split: str) -> datasets.IterableDataset:
     arguments = dict(kind_name=kind_name, languages=_as_tuple(languages), split=split, streaming=True)
     # A list among the arguments is what `datasets` splits over workers: here, file by file.
-    return datasets.IterableDataset.from_generator(_checked_rows, gen_kwargs={"sources": sources, **arguments})
+    return datasets.IterableDataset.from_generator(
+        _checked_rows, gen_kwargs={"sources": sources, **arguments}
+    )
 
 
 def _convert(sources: list[str], kind_name: str, languages, split: str, features: dict) -> datasets.Dataset:
@@ -447,7 +470,11 @@ def check_images_in_store(dataset: datasets.Dataset, files, store) -> None:
             if image_id not in store:
                 source, row = _locate(sources, position)
                 raise DataError(
-                    file=source, row=row, field="image_id", found=image_id, expected="an image of the region store"
+                    file=source,
+                    row=row,
+                    field="image_id",
+                    found=image_id,
+                    expected="an image of the region store",
                 )
             position += 1
 
