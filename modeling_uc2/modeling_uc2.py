@@ -832,7 +832,7 @@ class UC2ForVQA(UC2PreTrainedModel):
         self.classifier = nn.Sequential(
             nn.Linear(config.hidden_size, 2 * config.hidden_size),
             nn.GELU(),
-            nn.LayerNorm(2 * config.hidden_size, eps=config.encoder_layer_norm_eps),
+            nn.LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps),
             nn.Linear(2 * config.hidden_size, config.num_labels),
         )
         self.post_init()

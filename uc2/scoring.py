@@ -53,8 +53,7 @@ def score_matrix(
         processor: the model's UC2Processor.
         batch_tokens: tokens and regions per micro-batch; about 2,500 is fastest on a CPU, more on a GPU.
         precision: "fp32" (equal to the plain forward), "bf16" (autocast, for GPUs) or "int8" (dynamically
-            quantised
-            linear layers, CPU only).
+            quantised linear layers, CPU only).
         max_length: longest text in tokens; longer ones are cut. None: what the model can take.
         resume_dir: a folder for finished blocks. A killed evaluation, called again with the same folder,
             continues.
@@ -91,8 +90,8 @@ def score_matrix(
                 if np.isnan(block_scores).any():
                     text, image = np.argwhere(np.isnan(block_scores))[0]
                     raise ValueError(
-                        f"the score of text {block.texts[text]} and image {block.images[image]} is NaN; check the "
-                        "region features and the weights"
+                        f"the score of text {block.texts[text]} and image {block.images[image]} is NaN; "
+                        "check the region features and the weights"
                     )
                 if saved:
                     saved.save(block, block_scores)
@@ -240,7 +239,8 @@ class _PairScorer:
             else:
                 query, key, value = attention.query(asked), attention.key(hidden), attention.value(hidden)
             context = _attend(query, key, value, self.model.config.num_attention_heads, mask)
-            hidden = _after_attention(layer, context, asked)
+            attended = layer.attention.output(context, asked)
+            hidden = layer.output(layer.intermediate(attended), attended)
         return self._head(hidden)
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -252,18 +252,10 @@ class _PairScorer:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
-    """Bidirectional attention of (B, Q, H) over (B, L, H); the mask (B, 1, 1, L) is True at real
-    positions.""" query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key,
-    value)) return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1,
-    2).flatten(2)
-
-
-def _after_attention(layer: nn.Module, context: Tensor, residual: Tensor) -> Tensor:
-    """The rest of an XLM-R layer in eval mode: two post-norm residual blocks."""
-    output = layer.attention.output
-    attended = output.LayerNorm(output.dense(context) + residual)
-    intermediate = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(attended))
-    return layer.output.LayerNorm(layer.output.dense(intermediate) + attended)
+    """Bidirectional attention of (B, Q, H) over (B, L, H); the mask (B, 1, 1, L) is True where it is real."""
+    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return context.transpose(1, 2).flatten(2)
 
 
 def _quantized(layers: nn.ModuleList) -> nn.ModuleList:
