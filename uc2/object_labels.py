@@ -1,7 +1,7 @@
 """Object class names in every language, and their sub-words.
 
-MRTM (paper, section 3.3) predicts for a masked region a sub-word of the detected class's name in the caption's language;
-Early Adaptation reads the same table.
+MRTM (paper, section 3.3) predicts for a masked region a sub-word of the detected class's name in the
+language of the caption; Early Adaptation reads the same table.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uc2.rows import DataError, Found
+from uc2.data_error import DataError, Found
 
 # img_label_objects.txt is English; img_label_objects_de.txt is German.
 _TEXT_FILE = re.compile(r"img_label_objects(?:_(?P<language>[A-Za-z-]+))?\.txt")
@@ -22,9 +22,9 @@ def load_object_labels(path: str | os.PathLike) -> dict[str, list[str]]:
     """Names of the object classes by language: `labels["de"][i]` names class i.
 
     Args:
-        path: a JSON file `{"en": ["yolk", …], "de": […]}`; or a directory with such an `object_labels.json`; or a
-            directory of text files `img_label_objects.txt`, `img_label_objects_de.txt`, …, in which line i is class i
-            and commas separate synonyms, of which the first is taken.
+        path: a JSON file `{"en": ["yolk", …], "de": […]}`; or a directory with such an `object_labels.json`;
+            or a directory of text files `img_label_objects.txt`, `img_label_objects_de.txt`, …, in which
+            line i is class i and commas separate synonyms, of which the first is taken.
 
     Raises:
         DataError: a name is missing, or the languages do not have equally many classes.
@@ -90,8 +90,8 @@ class LabelTokens:
 
     Args:
         object_labels: as `load_object_labels` gives them.
-        tokenizer: an XLM-R style (SentencePiece) tokenizer. The lone word-start piece "▁", which precedes names in
-            scripts without spaces, says nothing about the object and is dropped.
+        tokenizer: an XLM-R style (SentencePiece) tokenizer. The lone word-start piece "▁", which precedes
+            names in scripts without spaces, says nothing about the object and is dropped.
 
     Raises:
         DataError: a name has no sub-word left.

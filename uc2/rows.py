@@ -1,74 +1,44 @@
-"""Caption and question rows: reading, checking, writing.
+"""Caption and question rows: checking, loading, writing.
 
-Every row is checked before training sees it, and an error names the file, the row, the field, what was found and what
-was expected (`DataError`). Rows come from JSON Lines, JSON, Parquet or Arrow files, from a directory saved by
-`datasets`, or from the Hub; they are converted once into the `datasets` cache and memory-mapped from there.
+Every row is checked before training sees it, and an error names the file, the row, the field, what was
+found and what was expected (`DataError`). Rows come from JSON Lines, JSON, Parquet or Arrow files, from a
+directory saved by `datasets`, or from the Hub; they are converted once into the `datasets` cache and
+memory-mapped from there.
 """
 
-import gzip
 import itertools
 import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+
+from uc2.atomic_files import atomic_file
+from uc2.data_error import DataError, Found, shorten
+from uc2.row_files import SUFFIXES, numbered_rows, reader_of
+
+__all__ = [
+    "LANGUAGES",
+    "DataError",
+    "check_images_in_store",
+    "load_captions",
+    "load_parallel_captions",
+    "load_questions",
+    "write_jsonl",
+]
 
 logger = logging.getLogger(__name__)
 
 LANGUAGES = ("en", "de", "fr", "cs", "ja", "zh")
-"""The six languages of the paper's pre-training corpus (section 3.1); any other code is allowed everywhere."""
+"""The six languages of the paper's pre-training corpus; any other code is allowed everywhere."""
 
 # Pharaoh format: links "i-j" separated by single spaces; no link at all is the empty string.
 _ALIGNMENT = re.compile(r"(\d+-\d+( \d+-\d+)*)?", re.ASCII)
-
-
-class DataError(ValueError):
-    """Bad input data, told in one sentence: where it is, what was found and what was expected.
-
-    Args:
-        file: the file, directory or data set read.
-        row: number of the row, counted from 1 (in JSON Lines: the line number).
-        field: the field within the row, dotted for nested ones (`captions.de`).
-        found: the offending value; long values are shortened.
-        expected: what would have been right, in words.
-    """
-
-    def __init__(
-        self, *, file=None, row: int | None = None, field: str | None = None, found=None, expected: str = ""
-    ):
-        self.file, self.row, self.field, self.found, self.expected = file, row, field, found, expected
-        place = [str(file)] if file is not None else []
-        place += [f"row {row}"] if row is not None else []
-        place += [f"field '{field}'"] if field is not None else []
-        shown = found if isinstance(found, Found) else _shorten(repr(found))
-        super().__init__(f"{', '.join(place)}: found {shown}, expected {expected}".removeprefix(": "))
-
-    def __reduce__(self):
-        # Keyword-only arguments do not survive the default pickling, and errors must cross process borders.
-        arguments = dict(
-            file=self.file, row=self.row, field=self.field, found=self.found, expected=self.expected
-        )
-        return _rebuild_data_error, (arguments,)
-
-
-class Found(str):
-    """Words that describe what was found; `DataError` prints them without quotation marks."""
-
-
-def _rebuild_data_error(arguments: dict) -> DataError:
-    return DataError(**arguments)
-
-
-def _shorten(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 # --- checks of single rows: each returns the row with exactly the documented fields ---
@@ -88,7 +58,7 @@ class _RowCheck:
     def require(self, field: str) -> Any:
         if field not in self.values:
             keys = ", ".join(map(str, self.values)) or "no field"
-            raise self.fail(field, Found(f"only {_shorten(keys)}"), "the field to be present")
+            raise self.fail(field, Found(f"only {shorten(keys)}"), "the field to be present")
         return self.values[field]
 
     def text(self, field: str) -> str:
@@ -170,7 +140,7 @@ def _check_question(check: _RowCheck, languages: Sequence[str] | None) -> dict:
 
 @dataclass(frozen=True)
 class _RowKind:
-    """What distinguishes the three kinds of rows: their check, the field that must not repeat, the known fields."""
+    """What distinguishes the three kinds of rows: check, known fields, the field that must not repeat."""
 
     name: str
     check: Callable[[_RowCheck, Sequence[str] | None], dict]
@@ -193,102 +163,6 @@ _KINDS = {
 }
 
 
-# --- reading rows of any source, each with its number ---
-
-
-def _json_line_rows(file: str) -> Iterator[tuple[int, Any]]:
-    with _open_bytes(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            # A byte order mark, which some editors write, is not part of the first row.
-            line = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if line:
-                yield number, _parse_json(line, file, number)
-
-
-def _json_rows(file: str) -> Iterator[tuple[int, Any]]:
-    """A `.json` file is a list of rows or, as `datasets` also allows, JSON Lines."""
-    with _open_bytes(file) as stream:
-        start = next((line.strip() for line in stream if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
-        if not start.startswith(b"["):
-            yield from _json_line_rows(file)
-            return
-    with _open_bytes(file) as stream:
-        rows = _parse_json(stream.read(), file, None)
-    yield from enumerate(rows, start=1)
-
-
-def _open_bytes(file: str):
-    return gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb")
-
-
-def _parse_json(content: bytes, file: str, row: int | None) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(
-            file=file, row=row, found=Found(f"malformed JSON ({error})"), expected="one JSON object"
-        ) from error
-
-
-def _parquet_rows(file: str) -> Iterator[tuple[int, dict]]:
-    batches = pq.ParquetFile(file).iter_batches(batch_size=1000)
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-
-
-def _arrow_rows(file: str) -> Iterator[tuple[int, dict]]:
-    batches = arrow_batches(file)
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-
-
-def arrow_batches(file: str | os.PathLike) -> Iterator[pa.RecordBatch]:
-    """The record batches of a memory-mapped Arrow file, be it of the file or of the stream kind."""
-    with pa.memory_map(str(file)) as source:
-        if source.read(6) == b"ARROW1":
-            reader = pa.ipc.open_file(source)
-            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            source.seek(0)
-            yield from pa.ipc.open_stream(source)
-
-
-_READERS = {".jsonl": _json_line_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
-
-
-def _reader(file: str) -> Callable[[str], Iterator[tuple[int, Any]]]:
-    suffix = Path(file.removesuffix(".gz")).suffix.lower()
-    if suffix not in _READERS:
-        raise DataError(
-            file=file, found=Found(f"a file ending in '{suffix}'"), expected=f"one of {', '.join(_READERS)}"
-        )
-    return _READERS[suffix]
-
-
-def _numbered_rows(source: str, split: str, streaming: bool = False) -> Iterator[tuple[int, Any]]:
-    """Rows of a file, of a directory saved by `datasets`, or of a Hub data set, numbered from 1."""
-    path = Path(source)
-    if path.is_file():
-        try:
-            yield from _reader(source)(source)
-        except (pa.ArrowException, EOFError, gzip.BadGzipFile) as error:
-            raise DataError(
-                file=source, found=Found(f"an unreadable file ({error})"), expected="a whole file"
-            ) from error
-    elif path.is_dir():
-        yield from enumerate(_pick_split(datasets.load_from_disk(source), source, split), start=1)
-    else:
-        yield from enumerate(datasets.load_dataset(source, split=split, streaming=streaming), start=1)
-
-
-def _pick_split(loaded, source: str, split: str) -> datasets.Dataset:
-    if not isinstance(loaded, datasets.DatasetDict):
-        return loaded
-    if split not in loaded:
-        raise DataError(
-            file=source, found=Found(f"the splits {', '.join(loaded)}"), expected=f"a split '{split}'"
-        )
-    return loaded[split]
-
-
 def _checked_rows(
     sources: Sequence[str], kind_name: str, languages: Sequence[str] | None, split: str, streaming: bool
 ) -> Iterator[dict]:
@@ -296,7 +170,7 @@ def _checked_rows(
     seen: dict[Any, tuple[str, int]] = {}
     for source in sources:
         number, ignored = 0, set()
-        for number, values in _numbered_rows(source, split, streaming):
+        for number, values in numbered_rows(source, split, streaming):
             if not isinstance(values, dict):
                 raise DataError(
                     file=source, row=number, found=values, expected="an object with the fields of a row"
@@ -326,16 +200,16 @@ def load_parallel_captions(files, *, languages=None, streaming: bool = False, sp
     """Rows for pre-training: several languages' captions of one image, with word alignments where they exist.
 
     Args:
-        files: one or several `.jsonl`, `.json`, `.parquet` or `.arrow` paths, directories saved by `datasets`, or Hub
-            ids.
+        files: one or several `.jsonl`, `.json` (both also `.gz`), `.parquet` or `.arrow` paths, directories
+            saved by `datasets`, or Hub ids.
         languages: the languages that may occur; None admits every language.
-        streaming: give an `IterableDataset` that checks each row when it is read; otherwise all are checked now.
+        streaming: give an `IterableDataset` that checks rows as they are read; otherwise all are checked now.
         split: which split of a saved `DatasetDict` or Hub data set to read.
 
     Returns:
-        `image_id` str, `captions` {language: str or None}, `alignment` {language: str or None}: links between the
-        units of the English caption and of the other one, in Pharaoh format. Non-streaming rows all have the same
-        languages, None where a caption is missing; streamed rows have only the languages present.
+        `image_id` str, `captions` {language: str or None}, `alignment` {language: str or None}: links between
+        the units of the English caption and of the other one, in Pharaoh format. All rows have the same languages,
+        None where a caption is missing; streamed rows have only the languages present.
 
     Raises:
         DataError: at the first row that breaks the format.
@@ -359,8 +233,12 @@ def load_captions(files, *, languages=None, streaming: bool = False, split: str 
 
 
 def load_questions(files, *, languages=None, streaming: bool = False, split: str = "train"):
-    """Rows for VQA (arguments as above): `question_id` (a string, unique), `image_id`, `language`, `question`,
-    `answers` (list of str; None in a test split), `answer_type` (str or None)."""
+    """Rows for VQA (arguments as above).
+
+    Returns:
+        `question_id` (str, unique), `image_id`, `language`, `question`, `answers` (list of str; None in a
+        test split), `answer_type` (str or None).
+    """
     features = {name: datasets.Value("string") for name in _KINDS["questions"].fields}
     features["answers"] = datasets.List(datasets.Value("string"))
     return _load(files, "questions", languages, streaming, split, features)
@@ -379,16 +257,11 @@ def _sources(files) -> list[str]:
         raise DataError(found=Found("no file"), expected="at least one file of rows")
     for source in sources:
         # A Hub id is "name" or "owner/name"; whatever looks like a file must exist.
-        is_path = (
-            os.path.isabs(source)
-            or source.count("/") > 1
-            or source.startswith(".")
-            or Path(source).suffix in {*_READERS, ".gz"}
-        )
+        is_path = source.startswith((".", "/")) or source.count("/") > 1 or source.endswith(SUFFIXES)
         if is_path and not os.path.exists(source):
             raise DataError(file=source, found=Found("no such file"), expected="a file of rows")
         if os.path.isfile(source):
-            _reader(source)
+            reader_of(source)
     return sources
 
 
@@ -427,7 +300,7 @@ def _convert(sources: list[str], kind_name: str, languages, split: str, features
 
 
 def _rows_for_cache(sources, kind_name, languages, split, versions, features) -> Iterator[dict]:
-    """Checked rows with every column of `features`, or only the languages of parallel captions if that is the column.
+    """Checked rows with every column of `features`; or only the languages that parallel captions have.
 
     `versions` is not read here; as part of the cache key it makes a changed file be converted anew.
     """
@@ -480,29 +353,13 @@ def check_images_in_store(dataset: datasets.Dataset, files, store) -> None:
 
 
 def _locate(sources: list[str], position: int) -> tuple[str, int]:
-    """File and row number of the loaded row at `position` (blank lines make the two differ, hence the re-reading)."""
-    numbered = ((source, number) for source in sources for number, _ in _numbered_rows(source, "train"))
+    """File and row number of the loaded row at `position`; re-read, since blank lines make the two differ."""
+    numbered = ((source, number) for source in sources for number, _ in numbered_rows(source, "train"))
     return next(itertools.islice(numbered, position, None))
 
 
 def write_jsonl(rows: Iterable[dict], path: str | os.PathLike) -> Path:
-    """Write `rows` as UTF-8 JSON Lines, the whole file or nothing (an existing file is replaced only at the end)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # mkstemp makes the file private to its owner; give it the permissions of any new file.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """Write `rows` as UTF-8 JSON Lines, the whole file or nothing (temporary file, then rename)."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return Path(path)

@@ -1,0 +1,65 @@
+"""Files and directories that appear whole or not at all: written beside their place, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary path to write to; on success it becomes `path`, replacing an existing file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's file is private to its owner
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a temporary directory to fill; on success it becomes `path`.
+
+    Raises:
+        FileExistsError: `path` is a file or a directory that is not empty, and `overwrite` is not set.
+    """
+    path = Path(path)
+    if _is_occupied(path) and not overwrite:
+        raise FileExistsError(f"{path} exists already; remove it or ask to overwrite it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's directory is private to its owner
+        _move_into_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_occupied(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    if not _is_occupied(path):
+        os.replace(temporary, path)
+        return
+    # A directory with files cannot be replaced in one step: the old one steps aside first.
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    os.replace(path, aside / path.name)
+    os.replace(temporary, path)
+    shutil.rmtree(aside)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,141 @@
+"""The regions of one image, and what must hold for them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from uc2.data_error import DataError, Found
+
+
+@dataclass(frozen=True)
+class RegionRow:
+    """The regions of one image: n of them, features F wide, K object classes (without background).
+
+    Boxes are x1, y1, x2, y2 in pixels. An image of unknown size is 1 x 1, its boxes lie in [0, 1].
+    """
+
+    image_id: str
+    image_height: int
+    image_width: int
+    boxes: np.ndarray  # (n, 4) float32
+    features: np.ndarray  # (n, F) float16
+    class_ids: np.ndarray  # (n,) int64
+    class_scores: np.ndarray  # (n,) float32, falling: the probability of that class
+    class_probs: np.ndarray | None = None  # (n, K) float16
+
+    @property
+    def normalized_boxes(self) -> np.ndarray:
+        """(n, 4) float32 in [0, 1], what the location embedding reads (paper 3.2)."""
+        size = (self.image_width, self.image_height) * 2
+        return np.clip(self.boxes / np.asarray(size, np.float32), 0.0, 1.0)
+
+
+def tidy_region_row(row: RegionRow) -> RegionRow:
+    """The row with the store's number types, sorted by falling score, slightly overshooting boxes clipped."""
+    scores = np.asarray(row.class_scores, np.float32)
+    order = slice(None)
+    if scores.ndim == 1 and (scores[1:] > scores[:-1]).any():
+        order = np.argsort(-scores, kind="stable")
+        lengths = {len(array) for array in (row.boxes, row.features, row.class_ids)}
+        if lengths != {len(scores)}:
+            return replace(row, class_scores=scores)  # check_region_row names the array that does not fit
+    probs = None if row.class_probs is None else _half(row.class_probs)[order]
+    return replace(
+        row,
+        boxes=_clip_overshoot(np.asarray(row.boxes, np.float32)[order], row.image_height, row.image_width),
+        features=_half(row.features)[order],
+        class_ids=np.asarray(row.class_ids, np.int64)[order],
+        class_scores=scores[order],
+        class_probs=probs,
+    )
+
+
+def _half(values) -> np.ndarray:
+    # A number beyond the float16 range becomes infinite, which check_region_row reports with its row.
+    with np.errstate(over="ignore"):
+        return np.asarray(values).astype(np.float16, copy=False)
+
+
+def _clip_overshoot(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Detectors place edges up to a pixel outside; that (1 % of a tiny image) is moved onto the border."""
+    size = np.asarray((width, height) * 2, np.float32)
+    slack = np.minimum(1.0, 0.01 * size)
+    clipped = np.clip(boxes, 0.0, size)
+    return np.where(np.abs(boxes - clipped) <= slack, clipped, boxes)
+
+
+def check_region_row(row: RegionRow, *, file=None, number: int | None = None) -> None:
+    """DataError unless every value is as `RegionRow` says; `file` and `number` tell where the row is."""
+
+    def fail(field: str, found: str, expected: str) -> DataError:
+        found = Found(f"{found} (image {row.image_id!r})")
+        return DataError(file=file, row=number, field=field, found=found, expected=expected)
+
+    if not isinstance(row.image_id, str) or not row.image_id:
+        raise DataError(
+            file=file, row=number, field="image_id", found=row.image_id, expected="a non-empty string"
+        )
+    for field in ("image_height", "image_width"):
+        size = getattr(row, field)
+        if not isinstance(size, (int, np.integer)) or not 0 < size < 2**31:
+            raise fail(field, repr(size), "a positive whole number of pixels")
+    _check_shapes(row, fail)
+    _check_boxes(row, fail)
+    _check_classes(row, fail)
+    if not _all_finite(row.features):
+        region = int(np.flatnonzero(~np.isfinite(row.features).all(axis=1))[0])
+        raise fail(
+            "features", f"NaN or infinity in region {region}", "finite numbers within the float16 range"
+        )
+
+
+def _check_shapes(row: RegionRow, fail) -> None:
+    count = len(row.boxes)
+    if count == 0:
+        raise fail("boxes", "no box", "at least one")
+    if row.boxes.shape != (count, 4):
+        raise fail("boxes", f"shape {row.boxes.shape}", "four numbers x1, y1, x2, y2 per box")
+    for field, dimensions in (("class_ids", 1), ("class_scores", 1), ("features", 2), ("class_probs", 2)):
+        array = getattr(row, field)
+        if array is not None and (array.ndim != dimensions or len(array) != count or array.size == 0):
+            wanted = f"({count},)" if dimensions == 1 else f"({count}, width)"
+            raise fail(field, f"shape {array.shape}", f"shape {wanted} for {count} boxes")
+
+
+def _check_boxes(row: RegionRow, fail) -> None:
+    x1, y1, x2, y2 = row.boxes.T
+    # Written so that NaN fails too.
+    good = (x1 >= 0) & (y1 >= 0) & (x2 > x1) & (y2 > y1) & (x2 <= row.image_width) & (y2 <= row.image_height)
+    if not good.all():
+        region = int(np.flatnonzero(~good)[0])
+        box = ", ".join(f"{number:g}" for number in row.boxes[region])
+        raise fail(
+            f"boxes[{region}]",
+            f"[{box}]",
+            f"0 <= x1 < x2 <= {row.image_width} and 0 <= y1 < y2 <= {row.image_height} (pixels)",
+        )
+
+
+def _check_classes(row: RegionRow, fail) -> None:
+    scores, ids, probs = row.class_scores, row.class_ids, row.class_probs
+    if not ((scores >= 0) & (scores <= 1.001)).all():
+        raise fail(
+            "class_scores", f"numbers from {scores.min():g} to {scores.max():g}", "probabilities in [0, 1]"
+        )
+    if (scores[1:] > scores[:-1]).any():
+        region = int(np.flatnonzero(scores[1:] > scores[:-1])[0])
+        raise fail("class_scores", f"{scores[region]:g} before {scores[region + 1]:g}", "falling scores")
+    limit = np.iinfo(np.int32).max if probs is None else probs.shape[1]
+    if ids.min() < 0 or ids.max() >= limit:
+        raise fail(
+            "class_ids", f"numbers from {ids.min()} to {ids.max()}", f"class numbers from 0 to {limit - 1}"
+        )
+    if probs is not None and not (_all_finite(probs) and (probs >= 0).all() and (probs <= 1.001).all()):
+        raise fail("class_probs", "numbers outside [0, 1] or NaN", "probabilities in [0, 1]")
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """np.isfinite converts float16 one by one; testing for an exponent of all ones is fast."""
+    if values.dtype != np.float16:
+        return bool(np.isfinite(values).all())
+    return not (((values.view(np.uint16) & 0x7C00) == 0x7C00).any())
