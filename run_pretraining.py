@@ -1,0 +1,324 @@
+"""Pre-trains UC2: Early Adaptation, then MLM + ITM + MRTM + VTLM on mixed batches (paper section 3.3).
+
+    python run_pretraining.py configs/pretrain_demo.yaml
+    accelerate launch run_pretraining.py configs/pretrain_paper.yaml --output_dir runs/uc2
+
+Files (YAML or JSON) and flags may be mixed; flags win. Every option is listed by --help.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from modeling_uc2 import UC2Config, UC2ForPreTraining
+from modeling_uc2.configuration_uc2 import OBJECTIVES
+from processing_uc2 import UC2Processor
+from uc2.arguments import parse
+from uc2.collator import UC2DataCollator
+from uc2.early_adaptation import adapt_region_encoder
+from uc2.model_card import write_model_card
+from uc2.object_labels import LabelTokens, load_object_labels
+from uc2.pretraining_data import PretrainingDataset
+from uc2.pretraining_report import chance_accuracies, evaluate_zero_shot_retrieval, report_table
+from uc2.region_store import RegionStore
+from uc2.rows import LANGUAGES, check_images_in_store, load_parallel_captions
+from uc2.trainer import UC2Trainer
+from uc2.visualization import training_curves
+
+logger = logging.get_logger(__name__)
+
+PAPER_MIX = {"itm": 9, "mlm": 12, "mrtm": 9, "vtlm": 3}
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A UC2 checkpoint (folder or Hub id) to go on from."}
+    )
+    text_encoder: str | None = field(
+        default=None, metadata={"help": "An XLM-R checkpoint to start from, e.g. xlm-roberta-base."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer folder or Hub id; that of the checkpoint if left out."}
+    )
+    config_overrides: str = field(
+        default="{}", metadata={"help": "JSON of UC2Config fields; with no checkpoint at all, the model's sizes."}
+    )
+
+
+@dataclass
+class DataArguments:
+    train_file: list[str] = field(metadata={"help": "Parallel captions for training."})
+    region_store: list[str] = field(metadata={"help": "Region stores holding every image of all caption files."})
+    object_labels: str = field(metadata={"help": "object_labels.json, or a folder of img_label_objects*.txt."})
+    eval_file: list[str] = field(default_factory=list, metadata={"help": "Parallel captions held out."})
+    languages: list[str] = field(default_factory=lambda: list(LANGUAGES), metadata={"help": "Caption languages."})
+    pivot_language: str = field(default="en", metadata={"help": "Language the others are aligned with."})
+    objective_mix: str = field(
+        default=json.dumps(PAPER_MIX),
+        metadata={"help": f"JSON: how often each objective is drawn. Out of {', '.join(OBJECTIVES)}."},
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens masked by MLM, VTLM and TLM."})
+    mrtm_probability: float = field(default=0.15, metadata={"help": "Share of regions masked by MRTM, MRC, MRFR."})
+    co_masking: str = field(
+        default="mix", metadata={"help": "VTLM: random | full | mix.", "choices": ["random", "full", "mix"]}
+    )
+    itm_negative_share: float = field(default=0.5, metadata={"help": "Share of ITM pairs that do not match."})
+    max_text_length: int = field(default=60, metadata={"help": "Longest caption in tokens, with <s> and </s>."})
+    max_regions: int = field(default=100, metadata={"help": "Most regions of an image."})
+    min_regions: int = field(default=10, metadata={"help": "Fewest regions, whatever their confidence."})
+    region_threshold: float = field(default=0.2, metadata={"help": "Confidence from which a region is kept."})
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Padded tokens + regions of a micro-batch, instead of per_device_train_batch_size."},
+    )
+
+
+@dataclass
+class EarlyAdaptationArguments:
+    ea_steps: int = field(default=0, metadata={"help": "Early Adaptation updates; 0 leaves the stage out."})
+    ea_batch_size: int = field(default=64, metadata={"help": "Images of an Early Adaptation update."})
+    ea_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of Early Adaptation."})
+    ea_temperature: float = field(default=1.0, metadata={"help": "Divides the cosine similarities."})
+    ea_languages: list[str] = field(
+        default_factory=lambda: ["en"], metadata={"help": "Languages of the labels to adapt to."}
+    )
+
+
+@dataclass
+class ReportArguments:
+    retrieval_images: int = field(
+        default=0, metadata={"help": "Held-out images for zero-shot retrieval with the ITM head; 0: none."}
+    )
+    retrieval_precision: str = field(default="fp32", metadata={"help": "fp32 | bf16 | int8 scoring."})
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    output_dir: str = field(default="runs/uc2", metadata={"help": "Checkpoints, model, card, curves."})
+    # The Trainer would drop region columns and hide a NaN; UC2Trainer stops at the latter instead.
+    remove_unused_columns: bool = field(default=False)
+    logging_nan_inf_filter: bool = field(default=False)
+    # Paper A.1.
+    adam_beta2: float = field(default=0.98)
+    weight_decay: float = field(default=0.01)
+    warmup_steps: float = field(default=0.05, metadata={"help": "Below 1: share of all steps."})
+    report_to: str | None = field(default="tensorboard")
+
+    def __post_init__(self):
+        # Without this, each CPU process of a launch would train alone.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Parse, build, adapt, train, evaluate, save, report. Returns the evaluation's metrics."""
+    kinds = (ModelArguments, DataArguments, EarlyAdaptationArguments, ReportArguments, PretrainingArguments)
+    model_args, data_args, ea_args, report_args, args = parse(kinds, sys.argv[1:] if argv is None else argv)
+    set_seed(args.seed)
+
+    store = RegionStore(data_args.region_store)
+    captions = {}
+    for name, files in (("train", data_args.train_file), ("eval", data_args.eval_file)):
+        if files:
+            captions[name] = load_parallel_captions(files)
+            check_images_in_store(captions[name], files, store)
+    processor = build_processor(model_args, data_args, store)
+    labels = LabelTokens(processor.object_labels, processor.tokenizer)
+    mix = json.loads(data_args.objective_mix)
+    model = build_model(model_args, processor, store, labels, mix)
+    datasets = {
+        name: build_dataset(rows, store, processor, labels, mix, data_args, seed=args.seed + (name == "eval"))
+        for name, rows in captions.items()
+    }
+
+    checkpoint = find_checkpoint(args)
+    history = []
+    if ea_args.ea_steps and checkpoint is None:
+        history = run_early_adaptation(model, store, processor, labels, ea_args, args)
+    trainer = UC2Trainer(
+        model=model,
+        args=args,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
+        data_collator=UC2DataCollator(pad_token_id=processor.tokenizer.pad_token_id),
+        processing_class=processor,
+        tokens_per_batch=data_args.tokens_per_batch,
+    )
+    if args.do_train:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+    metrics = evaluate(trainer, captions.get("eval"), store, processor, data_args, report_args)
+    if trainer.is_world_process_zero():
+        report(trainer, metrics, history, data_args, ea_args, args)
+    if args.push_to_hub:
+        trainer.push_to_hub(commit_message="UC2 pre-training")
+    return metrics
+
+
+def build_processor(model_args: ModelArguments, data_args: DataArguments, store: RegionStore) -> UC2Processor:
+    source = model_args.tokenizer or model_args.model_name_or_path or model_args.text_encoder
+    if source is None:
+        raise ValueError("Name a tokenizer, a text_encoder or a model_name_or_path: the captions need a vocabulary.")
+    return UC2Processor(
+        tokenizer=AutoTokenizer.from_pretrained(source),
+        object_labels=load_object_labels(data_args.object_labels),
+        max_regions=data_args.max_regions,
+        min_regions=data_args.min_regions,
+        region_threshold=data_args.region_threshold,
+        feature_size=store.feature_size,
+    )
+
+
+def build_model(model_args, processor, store, labels, mix: dict[str, float]) -> UC2ForPreTraining:
+    """From a UC2 checkpoint, from XLM-R, or (neither given) from scratch with `config_overrides`."""
+    total = sum(mix.values())
+    fields = {
+        "region_feature_size": store.feature_size,
+        "num_region_classes": store.num_classes or labels.num_classes,
+        "objectives": list(mix),
+        # With per-objective means, rates and weights of n / sum keep the expected gradient of drawing one
+        # objective per step, as the original does.
+        "objective_weights": {name: rate / total for name, rate in mix.items()},
+        **json.loads(model_args.config_overrides),
+    }
+    if model_args.model_name_or_path:
+        model = UC2ForPreTraining.from_pretrained(model_args.model_name_or_path, **fields)
+    elif model_args.text_encoder:
+        model = UC2ForPreTraining.from_text_encoder(model_args.text_encoder, **fields)
+    else:
+        model = UC2ForPreTraining(UC2Config(vocab_size=len(processor.tokenizer), **fields))
+    if len(processor.tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(processor.tokenizer)} ids but the model's vocabulary {model.config.vocab_size}."
+        )
+    return model
+
+
+def build_dataset(rows, store, processor, labels, mix, data_args: DataArguments, seed: int) -> PretrainingDataset:
+    return PretrainingDataset(
+        rows,
+        store,
+        processor,
+        labels,
+        seed=seed,
+        objective_mix=mix,
+        languages=data_args.languages,
+        pivot_language=data_args.pivot_language,
+        mlm_probability=data_args.mlm_probability,
+        mrtm_probability=data_args.mrtm_probability,
+        co_masking=data_args.co_masking,
+        itm_negative_share=data_args.itm_negative_share,
+        max_text_length=data_args.max_text_length,
+    )
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one named, else the last in the output folder."""
+    if args.resume_from_checkpoint:
+        return args.resume_from_checkpoint
+    if not args.do_train or not Path(args.output_dir).is_dir():
+        return None
+    last = get_last_checkpoint(args.output_dir)
+    if last is not None:
+        logger.warning(f"Resuming from {last}.")
+    return last
+
+
+def run_early_adaptation(model, store, processor, labels, ea_args, args: PretrainingArguments) -> list[dict]:
+    folder = str(Path(args.output_dir, "early_adaptation"))
+    settings = {
+        "output_dir": folder,
+        "max_steps": ea_args.ea_steps,
+        "learning_rate": ea_args.ea_learning_rate,
+        "per_device_train_batch_size": ea_args.ea_batch_size,
+        "gradient_accumulation_steps": 1,
+        "save_total_limit": 1,
+        "eval_strategy": "no",
+        "push_to_hub": False,
+        "load_best_model_at_end": False,
+        # The stage has a handful of small tensors: sharding them would cost more than it saves.
+        "deepspeed": None,
+        "fsdp": None,
+    }
+    stage_args = dataclasses.replace(args, **settings)
+    resume = Path(folder).is_dir() and get_last_checkpoint(folder) is not None
+    return adapt_region_encoder(
+        model,
+        store,
+        processor,
+        labels,
+        languages=ea_args.ea_languages,
+        args=stage_args,
+        temperature=ea_args.ea_temperature,
+        resume=resume,
+    )
+
+
+def evaluate(trainer, rows, store, processor, data_args, report_args: ReportArguments) -> dict[str, float]:
+    """Held-out losses and accuracies, and zero-shot retrieval if asked for; every process takes part."""
+    if rows is None:
+        return {}
+    metrics = trainer.evaluate()
+    metrics.update({f"eval_{name}": value for name, value in chance_accuracies(trainer.eval_dataset).items()})
+    if report_args.retrieval_images:
+        recalls = evaluate_zero_shot_retrieval(
+            trainer.accelerator.unwrap_model(trainer.model),
+            processor,
+            rows,
+            store,
+            languages=data_args.languages,
+            num_images=report_args.retrieval_images,
+            precision=report_args.retrieval_precision,
+        )
+        metrics.update({f"eval_{name}": value for name, value in recalls.items()})
+    return metrics
+
+
+def report(trainer, metrics, ea_history, data_args, ea_args, args) -> None:
+    """results.json, curves.png and the model card in the output folder, and the table on the screen."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder, "results.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    training_curves(trainer.state.log_history, Path(folder, "curves.png"), early_adaptation=ea_history)
+    write_model_card(
+        folder,
+        "pretraining",
+        model_name=folder.name,
+        config=trainer.model.config,
+        languages=data_args.languages,
+        data={"captions": data_args.train_file, "regions": data_args.region_store, "rows": len(trainer.train_dataset)},
+        hyperparameters={
+            "objective_mix": data_args.objective_mix,
+            "early_adaptation_steps": ea_args.ea_steps,
+            "learning_rate": args.learning_rate,
+            "optimiser_steps": trainer.state.global_step,
+            "tokens_per_batch": data_args.tokens_per_batch,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "adam_betas": [args.adam_beta1, args.adam_beta2],
+            "weight_decay": args.weight_decay,
+            "warmup": args.warmup_steps,
+            "seed": args.seed,
+        },
+        results=[
+            {"task": "pre-training", "dataset": "held-out captions", "metric": name, "value": value}
+            for name, value in metrics.items()
+            if name.startswith(("eval_accuracy_", "eval_average_recall_"))
+        ],
+    )
+    if metrics:
+        print(report_table(metrics, data_args.languages))
+
+
+if __name__ == "__main__":
+    main()
