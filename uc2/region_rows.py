@@ -7,7 +7,7 @@ import numpy as np
 from uc2.data_error import DataError, Found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RegionRow:
     """The regions of one image: n of them, features F wide, K object classes (without background).
 
@@ -26,8 +26,8 @@ class RegionRow:
     @property
     def normalized_boxes(self) -> np.ndarray:
         """(n, 4) float32 in [0, 1], what the location embedding reads (paper 3.2)."""
-        size = (self.image_width, self.image_height) * 2
-        return np.clip(self.boxes / np.asarray(size, np.float32), 0.0, 1.0)
+        width, height = self.image_width, self.image_height
+        return self.boxes / np.array([width, height, width, height], np.float32)
 
 
 def tidy_region_row(row: RegionRow) -> RegionRow:
