@@ -1,5 +1,6 @@
 """The regions of one image, and what must hold for them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,30 +31,50 @@ class RegionRow:
         return self.boxes / np.array([width, height, width, height], np.float32)
 
 
-def tidy_region_row(row: RegionRow) -> RegionRow:
-    """The row with the store's number types, sorted by falling score, slightly overshooting boxes clipped."""
-    scores = np.asarray(row.class_scores, np.float32)
-    order = slice(None)
-    if scores.ndim == 1 and (scores[1:] > scores[:-1]).any():
-        order = np.argsort(-scores, kind="stable")
-        lengths = {len(array) for array in (row.boxes, row.features, row.class_ids)}
-        if lengths != {len(scores)}:
-            return replace(row, class_scores=scores)  # check_region_row names the array that does not fit
-    probs = None if row.class_probs is None else _half(row.class_probs)[order]
-    return replace(
-        row,
-        boxes=_clip_overshoot(np.asarray(row.boxes, np.float32)[order], row.image_height, row.image_width),
-        features=_half(row.features)[order],
-        class_ids=np.asarray(row.class_ids, np.int64)[order],
-        class_scores=scores[order],
-        class_probs=probs,
-    )
+def tidy_region_row(row: RegionRow, *, file=None, number: int | None = None) -> RegionRow:
+    """The row as a store holds it: its number types, falling scores, slightly overshooting boxes clipped.
+
+    Raises:
+        DataError: the row does not fit `RegionRow` all the same; `file` and `number` tell where it is.
+    """
+    fail = _failure(row, file, number)
+    _check_image(row, fail)
+    try:
+        arrays = {
+            "boxes": np.asarray(row.boxes, np.float32),
+            "features": _half(row.features),
+            "class_ids": np.asarray(row.class_ids),
+            "class_scores": np.asarray(row.class_scores, np.float32),
+            "class_probs": None if row.class_probs is None else _half(row.class_probs),
+        }
+    except (TypeError, ValueError) as error:
+        raise fail(
+            "boxes", f"values that are not numbers ({error})", "numbers, equally many per box"
+        ) from error
+    row = replace(row, **arrays)
+    _check_shapes(row, fail)
+    if row.class_ids.dtype.kind not in "iu":
+        raise fail("class_ids", f"numbers of type {row.class_ids.dtype}", "whole numbers")
+    row = _sorted(row)
+    boxes = _clip_overshoot(row.boxes, row.image_height, row.image_width)
+    row = replace(row, boxes=boxes, class_ids=row.class_ids.astype(np.int64))
+    check_region_row(row, file=file, number=number)
+    return row
 
 
 def _half(values) -> np.ndarray:
     # A number beyond the float16 range becomes infinite, which check_region_row reports with its row.
     with np.errstate(over="ignore"):
         return np.asarray(values).astype(np.float16, copy=False)
+
+
+def _sorted(row: RegionRow) -> RegionRow:
+    if not (row.class_scores[1:] > row.class_scores[:-1]).any():
+        return row
+    order = np.argsort(-row.class_scores, kind="stable")
+    fields = ("boxes", "features", "class_ids", "class_scores", "class_probs")
+    arrays = {field: getattr(row, field) for field in fields}
+    return replace(row, **{field: array[order] for field, array in arrays.items() if array is not None})
 
 
 def _clip_overshoot(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -66,31 +87,35 @@ def _clip_overshoot(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def check_region_row(row: RegionRow, *, file=None, number: int | None = None) -> None:
     """DataError unless every value is as `RegionRow` says; `file` and `number` tell where the row is."""
-
-    def fail(field: str, found: str, expected: str) -> DataError:
-        found = Found(f"{found} (image {row.image_id!r})")
-        return DataError(file=file, row=number, field=field, found=found, expected=expected)
-
-    if not isinstance(row.image_id, str) or not row.image_id:
-        raise DataError(
-            file=file, row=number, field="image_id", found=row.image_id, expected="a non-empty string"
-        )
-    for field in ("image_height", "image_width"):
-        size = getattr(row, field)
-        if not isinstance(size, (int, np.integer)) or not 0 < size < 2**31:
-            raise fail(field, repr(size), "a positive whole number of pixels")
+    fail = _failure(row, file, number)
+    _check_image(row, fail)
     _check_shapes(row, fail)
     _check_boxes(row, fail)
     _check_classes(row, fail)
     if not _all_finite(row.features):
         region = int(np.flatnonzero(~np.isfinite(row.features).all(axis=1))[0])
-        raise fail(
-            "features", f"NaN or infinity in region {region}", "finite numbers within the float16 range"
-        )
+        raise fail("features", f"NaN or infinity in region {region}", "finite numbers within float16")
+
+
+def _failure(row: RegionRow, file, number: int | None) -> Callable[[str, str, str], DataError]:
+    def fail(field: str, found: str, expected: str) -> DataError:
+        found = Found(f"{found} (image {row.image_id!r})")
+        return DataError(file=file, row=number, field=field, found=found, expected=expected)
+
+    return fail
+
+
+def _check_image(row: RegionRow, fail) -> None:
+    if not isinstance(row.image_id, str) or not row.image_id:
+        raise fail("image_id", repr(row.image_id), "a non-empty string")
+    for field in ("image_height", "image_width"):
+        size = getattr(row, field)
+        if not isinstance(size, (int, np.integer)) or not 0 < size < 2**31:
+            raise fail(field, repr(size), "a positive whole number of pixels")
 
 
 def _check_shapes(row: RegionRow, fail) -> None:
-    count = len(row.boxes)
+    count = len(row.boxes) if row.boxes.ndim else 0
     if count == 0:
         raise fail("boxes", "no box", "at least one")
     if row.boxes.shape != (count, 4):

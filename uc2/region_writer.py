@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from uc2.atomic_files import atomic_directory
 from uc2.data_error import DataError, Found
-from uc2.region_rows import RegionRow, check_region_row, tidy_region_row
+from uc2.region_rows import RegionRow, tidy_region_row
 
 _ROWS_PER_BATCH = 128  # rows held in memory while writing: 50 MB at 100 regions of 2,048 float16 numbers
 MANIFEST = "store.json"
@@ -100,8 +100,7 @@ class _StoreWriter:
         self.shards.append({"file": name, "rows": count, "bytes": (self.directory / name).stat().st_size})
 
     def _checked(self, row: RegionRow, number: int) -> RegionRow:
-        row = tidy_region_row(row)
-        check_region_row(row, file=self.source, number=number)
+        row = tidy_region_row(row, file=self.source, number=number)
         widths = row.features.shape[1], None if row.class_probs is None else row.class_probs.shape[1]
         self.widths = self.widths or widths
         for field, width, first in zip(("features", "class_probs"), widths, self.widths, strict=True):
