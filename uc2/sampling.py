@@ -1,0 +1,182 @@
+"""Batches of keys: `key = epoch * n + row`, grouped by length so that little of a batch is padding."""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+class EpochBatchSampler:
+    """Yields lists of keys, a plan per epoch that depends on (seed, epoch) alone.
+
+    Every key of an epoch comes once, except for what `drop_last` drops. The number of batches is a multiple
+    of `multiple_of` and the same in every epoch, on which the learning-rate schedule and resuming rely.
+    Batches are spread at random, so that the micro-batches of one update differ in length and objective.
+
+    There is no `batch_size` attribute on purpose: accelerate would take it for the size of every batch.
+
+    Args:
+        dataset: has `len()`, and `lengths(keys) -> (m, 2)`: text tokens and regions of the examples; the
+            lengths are read only to group or to fill a token budget.
+        batch_size: examples per batch; or instead
+        tokens_per_batch: budget of padded positions, B * (longest text + most regions), of a batch.
+        seed: of the order.
+        multiple_of: processes * accumulation steps.
+        group_by_length: put examples alike in regions and text together.
+        shuffle: False keeps the order of the rows (or of their lengths, when grouped).
+        drop_last: drop the incomplete batch and what exceeds the multiple; otherwise the largest batches are
+            halved until the number fits.
+
+    Raises:
+        ValueError: not exactly one batch size given, an example larger than the budget, or too few examples
+            for `multiple_of` batches.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        seed: int,
+        multiple_of: int = 1,
+        group_by_length: bool = True,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ):
+        if (batch_size is None) == (tokens_per_batch is None):
+            raise ValueError("give either batch_size or tokens_per_batch")
+        if min(batch_size or 1, tokens_per_batch or 1, multiple_of) < 1:
+            raise ValueError("batch_size, tokens_per_batch and multiple_of are at least 1")
+        if len(dataset) < multiple_of:
+            raise ValueError(f"{len(dataset)} examples do not fill {multiple_of} batches")
+        self._dataset, self._num_examples, self._budget = dataset, batch_size, tokens_per_batch
+        self.seed, self.multiple_of, self.drop_last = seed, multiple_of, drop_last
+        self.group_by_length, self.shuffle = group_by_length, shuffle
+        self.epoch = 0
+        self._plans: dict[int, list[np.ndarray]] = {}
+        self._num_batches = self._count_batches()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of batches, the same in every epoch."""
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._plan(self.epoch):
+            yield batch.tolist()
+
+    def _count_batches(self) -> int:
+        """The number that epoch 0 needs, with room for epochs whose draws are longer, as a multiple."""
+        natural = len(self._cut(0))
+        if self._budget is not None and self.shuffle:
+            # Lengths vary with the draws: the number of batches has a relative spread of about 1/2 sqrt(n).
+            natural *= 1.005 + 1.5 / np.sqrt(len(self._dataset))
+        units = natural / self.multiple_of
+        count = int(units if self.drop_last else np.ceil(units)) * self.multiple_of
+        # Batches cannot hold fewer than one example each.
+        most = len(self._dataset) // self.multiple_of * self.multiple_of
+        return min(max(count, self.multiple_of), most)
+
+    def _plan(self, epoch: int) -> list[np.ndarray]:
+        if epoch not in self._plans:
+            batches = _split_to(self._cut(epoch), self._num_batches)
+            rng = np.random.default_rng((self.seed, epoch, 1))
+            if self.shuffle:
+                batches = [batches[place] for place in rng.permutation(len(batches))]
+            if len(batches) > self._num_batches:
+                logger.warning(
+                    "epoch %d: %d of %d batches left out", epoch, len(batches) - self._num_batches, len(batches)
+                )
+            self._plans = {epoch: batches[: self._num_batches]}
+        return self._plans[epoch]
+
+    def _cut(self, epoch: int) -> list[np.ndarray]:
+        """The epoch's keys, ordered and cut into batches, as many as there are."""
+        rows = len(self._dataset)
+        keys = epoch * rows + np.arange(rows)
+        if self.shuffle:
+            keys = np.random.default_rng((self.seed, epoch, 0)).permutation(keys)
+        if self._budget is None and not self.group_by_length:
+            return self._equal_batches(keys)
+        lengths = np.asarray(self._dataset.lengths(keys))
+        if self.group_by_length:
+            order = _order_by_length(lengths, self._examples_per_batch(lengths))
+            keys, lengths = keys[order], lengths[order]
+        if self._budget is None:
+            return self._equal_batches(keys)
+        return np.split(keys, _budget_cuts(lengths, self._budget))
+
+    def _equal_batches(self, keys: np.ndarray) -> list[np.ndarray]:
+        size = self._num_examples
+        end = len(keys) // size * size if self.drop_last and len(keys) >= size else len(keys)
+        return [keys[start : start + size] for start in range(0, end, size)]
+
+    def _examples_per_batch(self, lengths: np.ndarray) -> float:
+        return self._num_examples or max(1.0, self._budget / max(1.0, lengths.sum(axis=1).mean()))
+
+
+def _order_by_length(lengths: np.ndarray, examples_per_batch: float) -> np.ndarray:
+    """Order in which neighbours have alike numbers of regions and of text tokens.
+
+    Examples are cut into strips of similar region counts and sorted by text length within each, up and down
+    in turn, so that the ends of strips meet. With s strips of m batches in all, a batch spans about
+    1/s of the spread of regions and s/m of that of text; s balances the two. Equals keep their given order.
+    """
+    text, regions = lengths.T
+    batches = max(1.0, len(lengths) / examples_per_batch)
+    spread = (regions.std() + 1e-9) / (text.std() + 1e-9)
+    strips = int(np.clip(np.sqrt(batches * spread), 1, batches))
+    by_regions = np.argsort(regions, kind="stable")
+    strip = np.empty(len(lengths), dtype=np.int64)
+    strip[by_regions] = np.arange(len(lengths)) * strips // len(lengths)
+    return np.lexsort((np.where(strip % 2, -text, text), strip))
+
+
+def _budget_cuts(lengths: np.ndarray, budget: int) -> list[int]:
+    """Where to cut so that each batch holds as many examples as B * (longest text + most regions) allows."""
+    largest = int(lengths.sum(axis=1).max(initial=0))
+    if largest > budget:
+        raise ValueError(f"tokens_per_batch is {budget}, but an example has {largest} positions")
+    # No batch holds more examples than its shortest one would allow.
+    window = budget // max(1, int(lengths.sum(axis=1).min(initial=budget))) + 1
+    cuts, start = [], 0
+    while start < len(lengths):
+        widest = np.maximum.accumulate(lengths[start : start + window], axis=0).sum(axis=1)
+        padded = widest * np.arange(1, len(widest) + 1)  # rises: the first excess ends the batch
+        start += int(np.searchsorted(padded, budget, side="right"))
+        cuts.append(start)
+    return cuts[:-1]
+
+
+def _split_to(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """Halve the largest batches until there are `count`."""
+    sizes = np.array([len(batch) for batch in batches])
+    while len(batches) < count:
+        order = np.argsort(-sizes, kind="stable")
+        chosen = order[: count - len(batches)]
+        chosen = chosen[sizes[chosen] > 1]
+        halves = [half for place in chosen for half in np.array_split(batches[place], 2)]
+        taken = set(chosen.tolist())
+        batches = [batch for place, batch in enumerate(batches) if place not in taken] + halves
+        sizes = np.array([len(batch) for batch in batches])
+    return batches
+
+
+class SetEpochCallback(TrainerCallback):
+    """Tells the sampler the epoch.
+
+    The Trainer and accelerate do so themselves, but not in an epoch resumed midway on several processes:
+    accelerate then hides the sampler behind another one.
+    """
+
+    def __init__(self, sampler: EpochBatchSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
