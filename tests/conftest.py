@@ -24,3 +24,22 @@ def reference_config(reference_folder) -> dict:
 def reference(reference_folder) -> dict[str, torch.Tensor]:
     """`expected.safetensors`: inputs and outputs of the original in evaluation mode."""
     return load_file(reference_folder / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def converted(reference_folder, tmp_path_factory):
+    """`converted("vqa")`: the folder that the converter makes of the original's weights for that head."""
+    from uc2.convert_checkpoint import main
+
+    folders = {}
+
+    def convert(head: str) -> Path:
+        if head not in folders:
+            folders[head] = tmp_path_factory.mktemp("converted") / head
+            checkpoint = reference_folder / f"{head}_state_dict.safetensors"
+            config = reference_folder / "config.json"
+            arguments = {"checkpoint": checkpoint, "config": config, "head": head, "output_dir": folders[head]}
+            main([word for name, value in arguments.items() for word in (f"--{name}", str(value))])
+        return folders[head]
+
+    return convert
