@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from uc2.atomic_files import atomic_file
+
 PRECISIONS = ("fp32", "bf16", "int8")
 TEXTS_PER_BLOCK, IMAGES_PER_BLOCK = 128, 64  # a block is what is saved, resumed and sharded as a whole
 
@@ -102,11 +104,8 @@ def score_matrix(
 
 def save_scores(path: str | os.PathLike, scores: np.ndarray) -> None:
     """Write a matrix to a .npy file, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, scores, allow_pickle=False)
-    os.replace(temporary, path)
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,6 @@ class _SavedBlocks:
 
     def __init__(self, folder: Path, fingerprint: dict[str, str]):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / "fingerprint.json"
         if file.exists():
             found = json.loads(file.read_text("utf-8"))
@@ -295,9 +293,8 @@ class _SavedBlocks:
                     "give another folder or delete this one"
                 )
         else:
-            temporary = folder / f".fingerprint.{os.getpid()}"
-            temporary.write_text(json.dumps(fingerprint, indent=2), "utf-8")
-            os.replace(temporary, file)
+            with atomic_file(file) as temporary:
+                temporary.write_text(json.dumps(fingerprint, indent=2), "utf-8")
 
     def load(self, block: _Block) -> np.ndarray | None:
         path = self._path(block)

@@ -1,0 +1,266 @@
+"""Retrieval data: training groups of one true and several wrong pairs, and test sets (UC2, sections 4 and
+A.1)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import torch
+
+from uc2.data_error import DataError, Found
+from uc2.region_rows import check_region_row
+from uc2.rows import check_images_in_store, load_captions
+
+
+class RetrievalDataset:
+    """Groups for fine-tuning: `dataset[key]` is `[true pair, wrong images …, wrong captions …]`.
+
+    `key = epoch * len(dataset) + row`; what is drawn depends on (seed, key) only, so that resumed and
+    multi-process runs see the same stream. Wrong images and captions are drawn evenly from those that match
+    the true pair in no language: a wrong caption (in the language of the true one) belongs to another image
+    and reads differently, a wrong image has no caption that reads like the true one.
+
+    Args:
+        captions: rows with `image_id`, `language`, `caption`.
+        store: mapping from image id to region row.
+        processor: a UC2Processor; its tokenizer makes `input_ids`, its `encode_regions` the regions.
+        num_negative_images, num_negative_captions: wrong pairs per true pair; the paper has one of each
+        (A.1).
+        seed: of every draw.
+        max_length: longest caption in tokens, longer ones are cut.
+    Raises:
+        DataError: if there is no wrong image or caption to draw for a row.
+    """
+
+    def __init__(
+        self,
+        captions: datasets.Dataset,
+        store: Mapping,
+        processor,
+        *,
+        num_negative_images: int = 1,
+        num_negative_captions: int = 1,
+        seed: int = 0,
+        max_length: int = 512,
+    ):
+        if (
+            min(num_negative_images, num_negative_captions) < 0
+            or num_negative_images + num_negative_captions < 1
+        ):
+            raise ValueError(
+                "the numbers of negative images and captions must not be negative and not both 0, found "
+                f"{num_negative_images} and {num_negative_captions}"
+            )
+        self.captions, self.store, self.processor = captions, store, processor
+        self.num_negative_images, self.num_negative_captions = num_negative_images, num_negative_captions
+        self.seed, self.max_length = seed, max_length
+        self.image_ids, self.image_of_row = np.unique(captions["image_id"], return_inverse=True)
+        _, self.text_of_row = np.unique(captions["caption"], return_inverse=True)
+        self.languages, self.language_of_row = np.unique(captions["language"], return_inverse=True)
+        # -1: not mined. In shared memory, so that running DataLoader workers see what is mined.
+        self.hard_images = torch.full((len(self), num_negative_images), -1).share_memory_()
+        self.hard_rows = torch.full((len(self), num_negative_captions), -1).share_memory_()
+        self._check_candidates()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def group_size(self) -> int:
+        return 1 + self.num_negative_images + self.num_negative_captions
+
+    def __getitem__(self, key: int) -> list[dict[str, np.ndarray]]:
+        """The encoded pairs, each with `input_ids (l,)`, `region_features (n, F)`, `region_boxes (n, 4)`."""
+        row = int(key) % len(self)
+        images, rows = self.draw_negatives(int(key))
+        text, regions = self._encode_text(row), self._encode_image(self.image_of_row[row])
+        group = [text | regions]
+        group += [text | self._encode_image(image) for image in images]
+        group += [self._encode_text(other) | regions for other in rows]
+        return group
+
+    def draw_negatives(self, key: int) -> tuple[np.ndarray, np.ndarray]:
+        """Wrong images (indices into `image_ids`) and rows of wrong captions; mined ones come first."""
+        rng = np.random.default_rng((self.seed, key))
+        row = key % len(self)
+        images = _draw(rng, self.candidate_images(row), self.hard_images[row], self.num_negative_images)
+        rows = _draw(rng, self.candidate_rows(row), self.hard_rows[row], self.num_negative_captions)
+        return images, rows
+
+    def candidate_images(self, row: int) -> np.ndarray:
+        """Indices of the images that the row's caption does not describe, in any language."""
+        allowed = np.ones(len(self.image_ids), bool)
+        allowed[self.image_of_row[row]] = False
+        allowed[self.image_of_row[self.text_of_row == self.text_of_row[row]]] = False
+        return np.flatnonzero(allowed)
+
+    def candidate_rows(self, row: int) -> np.ndarray:
+        """Rows in the language of `row` whose caption does not describe its image."""
+        image = self.image_of_row[row]
+        own_texts = self.text_of_row[self.image_of_row == image]
+        allowed = (self.language_of_row == self.language_of_row[row]) & (self.image_of_row != image)
+        allowed[allowed] = ~np.isin(self.text_of_row[allowed], own_texts)
+        return np.flatnonzero(allowed)
+
+    def set_hard_negatives(self, row: int, images: Sequence[int], rows: Sequence[int]) -> None:
+        """From now on, take these wrong images and captions (hardest first) for the row."""
+        for table, values in ((self.hard_images, images), (self.hard_rows, rows)):
+            values = list(values)[: table.shape[1]]
+            table[row] = torch.tensor(values + [-1] * (table.shape[1] - len(values)))
+
+    def _check_candidates(self) -> None:
+        """Each language needs at least two images, with captions of their own, or a draw could fail late."""
+        for language, name in enumerate(self.languages):
+            rows = np.flatnonzero(self.language_of_row == language)
+            for row in rows[[0, -1]]:
+                if self.num_negative_captions and not len(self.candidate_rows(row)):
+                    found = Found(
+                        f"no caption in {str(name)!r} of another image than {self._image_id(row)!r}"
+                    )
+                    raise DataError(
+                        field="caption", found=found, expected="at least one to draw as a negative"
+                    )
+                if self.num_negative_images and not len(self.candidate_images(row)):
+                    found = Found(f"no other image than {self._image_id(row)!r}")
+                    raise DataError(
+                        field="image_id", found=found, expected="at least one to draw as a negative"
+                    )
+
+    def _image_id(self, row: int) -> str:
+        return str(self.image_ids[self.image_of_row[row]])
+
+    def _encode_text(self, row: int) -> dict[str, np.ndarray]:
+        caption = self.captions[int(row)]["caption"]
+        ids = self.processor.tokenizer(caption, truncation=True, max_length=self.max_length)["input_ids"]
+        return {"input_ids": np.array(ids, np.int64)}
+
+    def _encode_image(self, image: int) -> dict[str, np.ndarray]:
+        return self.processor.encode_regions(self.store[str(self.image_ids[image])])
+
+
+def _draw(rng, candidates: np.ndarray, mined: torch.Tensor, count: int) -> np.ndarray:
+    """`count` candidates: the mined ones, then others at random, repeated only if there are too few."""
+    chosen = mined[mined >= 0].numpy()
+    others = np.setdiff1d(candidates, chosen)
+    missing = count - len(chosen)
+    if not missing:
+        return chosen
+    if not len(others):
+        others = chosen
+    return np.concatenate([chosen, rng.choice(others, missing, replace=len(others) < missing)])
+
+
+@dataclass
+class RetrievalCollator:
+    """Flattens groups into one batch of pairs, padded by `collator`, with what the loss needs.
+
+    Args:
+        collator: pads a list of encoded pairs.
+        group_size: pairs per group.
+        loss: "triplet" adds `group_size`, "bce" adds `labels (B,)`, 1 for the first pair of each group.
+    """
+
+    collator: object
+    group_size: int
+    loss: str = "triplet"
+
+    def __post_init__(self):
+        if self.loss not in ("triplet", "bce"):
+            raise ValueError(f"loss must be triplet or bce, found {self.loss!r}")
+
+    def __call__(self, groups: list[list[dict]]) -> dict:
+        batch = dict(self.collator([pair for group in groups for pair in group]))
+        if self.loss == "triplet":
+            return batch | {"group_size": self.group_size}
+        labels = torch.zeros(len(groups), self.group_size)
+        labels[:, 0] = 1.0
+        return batch | {"labels": labels.flatten()}
+
+
+@dataclass(frozen=True)
+class RetrievalTestSet:
+    """All captions of one language of one data set, to be scored against all of their images."""
+
+    name: str
+    language: str
+    texts: list[str]
+    image_ids: list[str]
+    text_to_image: np.ndarray = field(repr=False)  # (num_texts,) index into image_ids
+    folds: int = 1
+
+
+def load_captions_of(files, store: Mapping, languages: Sequence[str] | None) -> datasets.Dataset:
+    """Caption rows of the languages (None: of all), whose images are all in the store and sound.
+
+    Raises:
+        DataError: naming the row, if an image is missing or its regions are broken, or a language has no row.
+    """
+    captions = load_captions(files)
+    check_images_in_store(captions, files, store)
+    present = sorted(captions.unique("language"))
+    for language in languages or ():
+        if language not in present:
+            found = Found(", ".join(present) or "no row")
+            raise DataError(
+                file=_joined(files), field="language", found=found, expected=f"rows in {language!r}"
+            )
+    if languages:
+        captions = _rows_in(captions, languages)
+    check_regions(captions.unique("image_id"), store)
+    return captions
+
+
+def _rows_in(captions: datasets.Dataset, languages: Sequence[str]) -> datasets.Dataset:
+    return captions.select(np.flatnonzero(np.isin(np.array(captions["language"]), list(languages))))
+
+
+def check_regions(image_ids: Sequence[str], store: Mapping) -> None:
+    """Check every value of the images' regions before anything is computed: DataError names the image."""
+    for image_id in image_ids:
+        check_region_row(store[image_id], file=_joined(getattr(store, "paths", "region store")))
+
+
+def _joined(files) -> str:
+    return str(files) if not isinstance(files, list | tuple) else ", ".join(map(str, files))
+
+
+def load_test_sets(
+    files: Mapping[str, str],
+    store: Mapping,
+    languages: Sequence[str] | None = None,
+    folds: Mapping[str, int] | None = None,
+) -> list[RetrievalTestSet]:
+    """One test set per data set and language.
+
+    Args:
+        files: data set name -> caption file.
+        store: mapping from image id to region row.
+        languages: those to evaluate, in this order; a data set need not have all of them. None: all.
+        folds: data set name -> number of equal folds of images (COCO 1K: 5); 1 where it is not named.
+    """
+    folds = dict(folds or {})
+    if unknown := sorted(set(folds) - set(files)):
+        raise DataError(field="eval_folds", found=unknown[0], expected=f"one of {', '.join(files)}")
+    test_sets = []
+    for name, file in files.items():
+        captions = load_captions_of(file, store, None)
+        for language in languages or captions.unique("language"):
+            rows = _rows_in(captions, [language])
+            if len(rows):
+                test_sets.append(_test_set(name, language, rows, folds.get(name, 1), file))
+    for language in languages or ():
+        if language not in {test_set.language for test_set in test_sets}:
+            found = Found(f"no row in {language!r}")
+            raise DataError(file=_joined(list(files.values())), field="language", found=found,
+                            expected="a row of every language asked for")  # fmt: skip
+    return test_sets
+
+
+def _test_set(name: str, language: str, rows: datasets.Dataset, folds: int, file) -> RetrievalTestSet:
+    index = {image_id: number for number, image_id in enumerate(dict.fromkeys(rows["image_id"]))}
+    if folds < 1 or len(index) % folds:
+        found = Found(f"{len(index)} images in {language!r}")
+        raise DataError(file=file, field="image_id", found=found, expected=f"{folds} folds of equal size")
+    text_to_image = np.array([index[image_id] for image_id in rows["image_id"]])
+    return RetrievalTestSet(name, language, list(rows["caption"]), list(index), text_to_image, folds)
