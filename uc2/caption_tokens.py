@@ -1,4 +1,4 @@
-"""Parallel captions as sub-word ids: tokenized once in batches, cached by `datasets`, read without copying."""
+"""Parallel captions as sub-word ids: tokenized in batches, cached by `datasets`, read without copying."""
 
 import hashlib
 import itertools

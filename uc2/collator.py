@@ -37,7 +37,6 @@ KEYS = {
     "objective_id": _Key("objective_ids", None, -100),
     "language_id": _Key("language_ids", None, -100),
     "answer_targets": _Key("labels", "fixed", dtype=np.float32),
-    "example_id": _Key("example_ids", None, -100),
 }
 """Every key an example may have; the names on the left are the examples', `batch_name` is the batch's."""
 
@@ -46,11 +45,10 @@ MASKS = {"text": ("attention_mask", "input_ids"), "regions": ("region_attention_
 
 @dataclass
 class UC2DataCollator:
-    """Pads encoded examples (dicts of numpy arrays and numbers) into a batch of tensors.
+    """Pads encoded examples (dicts of arrays and numbers) into a batch of tensors.
 
     Adds `attention_mask (B, T)` and `region_attention_mask (B, R)`, 1 where real. A key that only some
-    examples have is filled for the others (-100 for labels, 0 for targets). An item may also be a list of
-    examples, such as a positive pair and its negatives: they are laid out one after another.
+    examples have is filled for the others (-100 for labels, 0 for targets).
 
     Args:
         pad_token_id: the tokenizer's; also pads `position_ids`, as in XLM-R.
@@ -66,8 +64,7 @@ class UC2DataCollator:
     feature_dtype: torch.dtype | None = None
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, items: Sequence[dict | Sequence[dict]]) -> dict[str, torch.Tensor]:
-        examples = [example for item in items for example in ([item] if isinstance(item, dict) else item)]
+    def __call__(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
         keys = dict.fromkeys(key for example in examples for key in example)
         unknown = [key for key in keys if key not in KEYS]
         if unknown:
@@ -77,11 +74,8 @@ class UC2DataCollator:
         }
         batch = {KEYS[key].batch_name: self._pad(key, examples, lengths) for key in keys}
         for axis, counts in lengths.items():
-            batch[MASKS[axis][0]] = np.arange(self._padded(counts)) < counts[:, None]
+            batch[MASKS[axis][0]] = (np.arange(self._padded(counts)) < counts[:, None]).astype(np.int64)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        for name, _ in MASKS.values():
-            if name in tensors:
-                tensors[name] = tensors[name].long()
         if self.feature_dtype is not None and "region_features" in tensors:
             tensors["region_features"] = tensors["region_features"].to(self.feature_dtype)
         return tensors
@@ -108,7 +102,7 @@ class UC2DataCollator:
 
 
 def _lengths(examples: Sequence[dict], source: str) -> np.ndarray:
-    """(B,) real length of each example along an axis, read from the key that defines it; 0 where it is absent."""
+    """(B,) real length of each example along an axis, that of the key that defines it; 0 if absent."""
     return np.array([len(example[source]) if source in example else 0 for example in examples])
 
 

@@ -27,9 +27,9 @@ REGION_OBJECTIVES = ("mrtm", "mrc", "mrc_kl", "mrfr")
 class PretrainingDataset:
     """Examples of the pre-training objectives, one objective per example.
 
-    `dataset[key]` with `key = epoch * len(dataset) + row` is a function of (seed, key) alone, so that resumed,
-    re-sharded and multi-process runs see the same stream. Its objective is drawn from `objective_mix`
-    renormalised over what the row can serve, its language evenly over those that serve the objective:
+    `dataset[key]` with `key = epoch * len(dataset) + row` is a function of (seed, key) alone, so that
+    resumed, re-sharded and multi-process runs see the same stream. Its objective is drawn from
+    `objective_mix`, renormalised over what the row can serve; its language evenly over those that serve it.
 
     | objective | text                               | regions     | target                                |
     |-----------|------------------------------------|-------------|---------------------------------------|
@@ -238,7 +238,12 @@ class PretrainingDataset:
         example["itm_label"] = int(draws.matches[0])
         example["objective_id"] = OBJECTIVES.index(objective)
         example["language_id"] = int(draws.languages[0])
+        example["example_id"] = int(key)
         return example
+
+    def image_id(self, key: int) -> str:
+        """The image whose regions `dataset[key]` shows (the batch names its keys as `example_ids`)."""
+        return self._image_ids[int(self._draw(np.array([key])).image_codes[0])].as_py()
 
     def _text(self, objective: str, row: int, language: str, rng: np.random.Generator) -> dict:
         """`input_ids`, `position_ids` and `labels`, special tokens included."""

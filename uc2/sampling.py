@@ -74,7 +74,7 @@ class EpochBatchSampler:
     def _count_batches(self) -> int:
         """The number that epoch 0 needs, with room for epochs whose draws are longer, as a multiple."""
         natural = len(self._cut(0))
-        if self._budget is not None and self.shuffle:
+        if self._budget is not None:
             # Lengths vary with the draws: the number of batches has a relative spread of about 1/2 sqrt(n).
             natural *= 1.005 + 1.5 / np.sqrt(len(self._dataset))
         units = natural / self.multiple_of
@@ -90,9 +90,8 @@ class EpochBatchSampler:
             if self.shuffle:
                 batches = [batches[place] for place in rng.permutation(len(batches))]
             if len(batches) > self._num_batches:
-                logger.warning(
-                    "epoch %d: %d of %d batches left out", epoch, len(batches) - self._num_batches, len(batches)
-                )
+                surplus = len(batches) - self._num_batches
+                logger.warning("epoch %d: %d of %d batches left out", epoch, surplus, len(batches))
             self._plans = {epoch: batches[: self._num_batches]}
         return self._plans[epoch]
 
