@@ -575,7 +575,8 @@ class UC2ForPreTraining(UC2PreTrainedModel):
             itm_labels (`(B,)`): 1 where text and image belong together, 0 where not (ITM).
             region_class_labels (`(B, R)`): detected class (MRC).
             region_class_probs (`(B, R, K)`): the detector's class distribution; all-zero rows ignored (MRC-KL).
-            region_feature_targets (`(B, R, F)`): original features, read where `region_mask` is true (MRFR).
+            region_feature_targets (`(B, R, F)`): original features, read where `region_mask` is true (MRFR) and,
+                with `objective_ids`, in rows of that objective.
             objective_ids (`(B,)`): index in `OBJECTIVES`; tells VTLM and TLM rows of `labels` from MLM's.
             num_items_in_batch (`(len(OBJECTIVES),)`): targets of each objective in the whole update, over all
                 micro-batches and processes; this batch's own if left out.
@@ -618,7 +619,7 @@ class UC2ForPreTraining(UC2PreTrainedModel):
             region_class_labels,
             region_class_probs,
             region_feature_targets,
-            region_mask,
+            _rows_of("mrfr", region_mask, objective_ids),
         )
         items.summarise_into(result, self.config.objective_weights, num_items_in_batch)
         return result
@@ -680,8 +681,9 @@ class UC2ForPreTraining(UC2PreTrainedModel):
         losses = F.cross_entropy(logits, targets, reduction="none")
         items.add(rows, OBJECTIVES.index("itm"), losses, logits.argmax(dim=-1) == targets)
 
-    def _add_ablation_items(self, items, regions, class_labels, class_probs, feature_targets, region_mask):
-        """MRC: cross-entropy; MRC-KL: KL divergence summed over classes; MRFR: squared error, mean over F."""
+    def _add_ablation_items(self, items, regions, class_labels, class_probs, feature_targets, regressed):
+        """MRC: cross-entropy; MRC-KL: KL divergence summed over classes; MRFR: squared error, mean over F,
+        of the regions where `regressed` (`(B, R)`) is true."""
         nothing = torch.zeros(regions.shape[:2], dtype=torch.bool, device=regions.device)
         if hasattr(self, "region_classifier"):
             picked = nothing if class_labels is None else class_labels != IGNORED
@@ -698,7 +700,7 @@ class UC2ForPreTraining(UC2PreTrainedModel):
         elif class_labels is not None or class_probs is not None:
             raise ValueError("Region class targets need 'mrc' or 'mrc_kl' in config.objectives.")
         if hasattr(self, "region_regressor"):
-            picked = nothing if feature_targets is None or region_mask is None else region_mask.bool()
+            picked = nothing if feature_targets is None or regressed is None else regressed.bool()
             weight = self.uc2.region_embeddings.feature_projection.weight
             predictions = self.region_regressor(regions[picked], weight).float()
             targets = feature_targets[picked].float() if feature_targets is not None else predictions.detach()
@@ -706,6 +708,13 @@ class UC2ForPreTraining(UC2PreTrainedModel):
             items.add(picked.nonzero()[:, 0], OBJECTIVES.index("mrfr"), losses)
         elif feature_targets is not None:
             raise ValueError("region_feature_targets need 'mrfr' in config.objectives.")
+
+
+def _rows_of(objective: str, region_mask: torch.Tensor | None, objective_ids: torch.Tensor | None):
+    """`region_mask` `(B, R)` in the rows of one objective; in all rows if there are no `objective_ids`."""
+    if region_mask is None or objective_ids is None:
+        return region_mask
+    return region_mask.bool() & (objective_ids == OBJECTIVES.index(objective)).unsqueeze(1)
 
 
 class _ObjectiveItems:

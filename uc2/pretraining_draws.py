@@ -33,7 +33,7 @@ class ObjectiveTable:
         packed = np.packbits(stacked.reshape(len(stacked), -1), axis=1)
         _, first, self._kinds = np.unique(_as_scalars(packed), return_index=True, return_inverse=True)
         self._served = stacked[first]  # (kinds, O, L)
-        weights = self._served.any(axis=2) * np.array([mix[objective] for objective in self.objectives])
+        weights = self._served.any(axis=2) * np.array([mix[objective] for objective in self.objectives], dtype=np.float64)
         totals = weights.sum(axis=1, keepdims=True)
         self._shares = np.divide(weights, totals, out=np.zeros_like(weights), where=totals > 0)
         self._cumulative = self._shares.cumsum(axis=1)[:, :-1]  # the last bound is 1: never passed

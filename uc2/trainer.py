@@ -13,7 +13,7 @@ from .sampling import EpochBatchSampler, SetEpochCallback
 
 IGNORED = -100
 # Entries of a batch that say where an example comes from; no network reads them.
-BOOKKEEPING = ("keys", "language_ids")
+BOOKKEEPING = ("example_ids", "language_ids")
 
 
 def count_items(batch: dict) -> torch.LongTensor:
@@ -30,7 +30,8 @@ def count_items(batch: dict) -> torch.LongTensor:
     if "region_class_probs" in batch:
         counts[OBJECTIVES.index("mrc_kl")] = (batch["region_class_probs"].float().sum(dim=-1) > 0).sum()
     if "region_feature_targets" in batch:
-        counts[OBJECTIVES.index("mrfr")] = batch["region_mask"].sum()
+        index = OBJECTIVES.index("mrfr")
+        counts[index] = batch["region_mask"][batch["objective_ids"] == index].sum()
     return counts
 
 
@@ -121,7 +122,7 @@ class UC2Trainer(Trainer):
 
     def _refuse_batch(self, inputs: dict, loss: torch.Tensor) -> None:
         """Stops before a non-finite loss reaches the weights, and leaves the batch's images behind in a file."""
-        image_ids = [self.train_dataset.image_id(key) for key in inputs["keys"].tolist()]
+        image_ids = [self.train_dataset.image_id(key) for key in inputs["example_ids"].tolist()]
         path = Path(self.args.output_dir, f"non_finite_batch_step{self.state.global_step}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step": self.state.global_step, "image_ids": image_ids}), encoding="utf-8")
