@@ -1,0 +1,152 @@
+"""LMDB databases of regions: UNITER's and UC2's (msgpack or `.npz` values), VOLTA's and IGLUE's (pickles)."""
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uc2.data_error import DataError, Found
+from uc2.region_records import NAMES, Record
+from uc2.safe_decoding import DecodingError, loads_msgpack, loads_npz, loads_pickle
+
+_KEY_LISTS = (b"__keys__", b"keys")  # UNITER's and VOLTA's entries that list the images
+_PER_REGION = ("features", "normalized_boxes", "class_scores", "class_probs_after_background")
+
+
+def read_uniter_lmdb(
+    paths: Sequence[str | os.PathLike], region_counts: str | os.PathLike | None = None
+) -> Iterator[Record]:
+    """Records of databases such as `feat_th0.2_max100_min10` or `feat_numbb36`.
+
+    Args:
+        region_counts: a `nbb_….json`, image -> how many of its first regions count. By default the one that
+            UNITER keeps beside the database (`nbb_th0.2_max100_min10.json`), if it is there.
+    """
+    for path in map(Path, paths):
+        counts_file = Path(region_counts) if region_counts else _counts_beside(path)
+        counts = _read_counts(counts_file) if counts_file else {}
+        for number, key, content in _entries(path):
+            values = _decode(loads_npz if content[:2] == b"PK" else loads_msgpack, content, path, number)
+            record = Record(key, values, str(path), number)
+            if counts_file:
+                record = _keep_first(record, counts.get(key), counts_file)
+            yield record
+
+
+def read_volta_lmdb(paths: Sequence[str | os.PathLike]) -> Iterator[Record]:
+    """Records of databases of pickled dictionaries; their arrays are base64 (from TSV) or plain (HDF5)."""
+    for path in map(Path, paths):
+        for number, key, content in _entries(path):
+            values = _decode(loads_pickle, content, path, number)
+            record = Record(key, values, str(path), number)
+            yield Record(key, dict(_volta_values(record)), str(path), number)
+
+
+def _entries(path: Path) -> Iterator[tuple[int, str, bytes]]:
+    """Number, key and value of every image."""
+    number = 0
+    with _open(path) as database, database.begin() as transaction:
+        for key, content in transaction.cursor():
+            if key not in _KEY_LISTS:
+                number += 1
+                yield number, key.decode("utf-8", "replace"), content
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ImportError("reading LMDB databases needs the package lmdb: pip install lmdb") from error
+    try:
+        database = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=path.is_dir())
+    except lmdb.Error as error:
+        raise DataError(file=path, found=Found(str(error)), expected="an LMDB database") from error
+    with database:
+        yield database
+
+
+def count_entries(path: str | os.PathLike) -> int:
+    """Number of entries, for progress bars."""
+    with _open(Path(path)) as database:
+        return database.stat()["entries"]
+
+
+def _decode(decoder, content: bytes, path: Path, number: int) -> Mapping[str, Any]:
+    try:
+        values = decoder(content)
+    except DecodingError as error:
+        raise DataError(
+            file=path, row=number, found=Found(str(error)), expected="the regions of an image"
+        ) from error
+    if not isinstance(values, dict):
+        raise DataError(file=path, row=number, found=values, expected="a map of arrays")
+    return values
+
+
+def _counts_beside(path: Path) -> Path | None:
+    name = path.name.removesuffix("_compressed")
+    file = path.parent / f"nbb{name.removeprefix('feat')}.json"
+    return file if name.startswith("feat") and file.is_file() else None
+
+
+def _read_counts(file: Path) -> dict[str, int]:
+    try:
+        counts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            file=file, found=Found(str(error)), expected="a JSON object image -> number"
+        ) from error
+    if not isinstance(counts, dict):
+        raise DataError(file=file, found=counts, expected="a JSON object image -> number")
+    return counts
+
+
+def _keep_first(record: Record, count: Any, file: Path) -> Record:
+    available = len(record.require("features"))
+    if not isinstance(count, int) or not 1 <= count <= available:
+        raise DataError(file=file, field=record.key, found=count, expected=f"a number from 1 to {available}")
+    names = [name for ours in _PER_REGION for name in NAMES[ours] if name in record.values]
+    cut = {name: record.values[name][:count] for name in names}
+    return Record(record.key, {**record.values, **cut}, record.file, record.number)
+
+
+def _volta_values(record: Record) -> Iterator[tuple[str, Any]]:
+    """The fields that regions need, decoded: VOLTA keeps the cells of a TSV line, or arrays."""
+    count = None
+    for ours in ("boxes", "features", "class_ids", "class_scores", "class_probs"):
+        name = next((name for name in NAMES[ours] if record.values.get(name) is not None), None)
+        if name is None:
+            continue
+        array = _volta_array(record, ours, record.values[name])
+        if ours == "boxes":
+            array = _reshape(record, ours, array, (-1, 4))
+            count = len(array)
+        elif ours in ("features", "class_probs"):
+            array = _reshape(record, ours, array, (count or -1, -1)) if count else array
+        yield name, array
+    for ours in ("image_height", "image_width"):
+        yield NAMES[ours][0], record.require(ours)
+
+
+def _volta_array(record: Record, ours: str, value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        content = base64.b64decode(value, validate=True)
+        return np.frombuffer(content, "<i8" if ours == "class_ids" else "<f4")
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise record.fail(ours, f"{error}", "an array, in base64 or as it is") from error
+
+
+def _reshape(record: Record, ours: str, array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        return array.reshape(shape)
+    except ValueError as error:
+        raise record.fail(ours, f"{array.size} numbers", f"as many per box as {shape} has") from error
