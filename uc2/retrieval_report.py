@@ -144,7 +144,7 @@ def save_search_grid(hits: Sequence[SearchHit], image_dir: str | os.PathLike, ti
     figure, panels = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows + 0.5), squeeze=False)
     for panel in panels.flat:
         panel.axis("off")
-    for rank, (hit, file, panel) in enumerate(zip(hits, files, panels.flat), start=1):
+    for rank, (hit, file, panel) in enumerate(zip(hits, files, panels.flat, strict=False), start=1):
         with Image.open(file) as image:
             panel.imshow(image.convert("RGB"))
         panel.set_title(f"{rank}. {hit.item}  {hit.probability:.2f}", fontsize="small")

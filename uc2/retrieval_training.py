@@ -1,4 +1,4 @@
-"""Fine-tuning for retrieval with the Hugging Face Trainer, and mining of hard negatives (UC2, sections 4, A.1)."""
+"""Fine-tuning for retrieval with the Hugging Face Trainer; mining of hard negatives (UC2, section 4, A.1)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ class RetrievalTrainer(Trainer):
 
     Args:
         evaluate_recall: called with the unwrapped model on every process; returns `{metric: number}`, which
-            `evaluate` logs with the usual prefix. It replaces the loop over an evaluation set, because a recall
+            `evaluate` logs with the usual prefix. It replaces the loop over an evaluation set, because recall
             needs all pairs.
     """
 
@@ -37,6 +37,7 @@ class RetrievalTrainer(Trainer):
             self.train_dataset,
             batch_size=args.per_device_train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            group_by_length=False,  # a group's negatives are of any length, so there is nothing to gain
             multiple_of=args.world_size * args.gradient_accumulation_steps,
         )
         self.add_callback(SetEpochCallback(sampler))

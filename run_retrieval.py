@@ -1,0 +1,382 @@
+"""Image-text retrieval in any language: fine-tune, evaluate, search (UC2, CVPR 2021, section 4.1.1).
+
+    python run_retrieval.py configs/retrieval_flickr30k.yaml --train_languages en            # English-only
+    python run_retrieval.py configs/retrieval_flickr30k.yaml --train_languages en de fr cs   # all-language
+    python run_retrieval.py --model_name_or_path runs/uc2 --region_stores regions --eval_files m30k=test.jsonl
+    python run_retrieval.py --model runs/retrieval --region_store regions --search "ein Hund am Strand"
+
+Without `train_files` nothing is trained: the third line evaluates a pre-trained checkpoint zero-shot, with
+its image-text matching head. Files (YAML or JSON) and flags may be mixed; flags win.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, TrainerState, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from modeling_uc2 import UC2ForPreTraining, UC2ForRetrieval
+from processing_uc2 import UC2Processor
+from uc2.arguments import parse
+from uc2.collator import UC2DataCollator
+from uc2.data_error import DataError, Found
+from uc2.model_card import write_model_card
+from uc2.region_store import RegionStore
+from uc2.retrieval import search, search_captions
+from uc2.retrieval_data import RetrievalCollator, RetrievalDataset, load_captions_of, load_test_sets
+from uc2.retrieval_report import (
+    evaluate_retrieval,
+    flat_metrics,
+    format_table,
+    save_search_grid,
+    write_results,
+)
+from uc2.retrieval_training import HardNegativesCallback, RetrievalTrainer
+from uc2.scoring import PRECISIONS
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DataArguments:
+    model_name_or_path: str = HfArg(
+        aliases=["--model"],
+        help="UC2 checkpoint (folder or Hub id): pre-trained, or fine-tuned for retrieval; or an XLM-R one.",
+    )
+    region_stores: list[str] = HfArg(
+        aliases=["--region_store"], help="Region stores that together hold every image."
+    )
+    train_files: list[str] = field(default_factory=list, metadata={"help": "Caption rows to train on."})
+    train_languages: list[str] = field(
+        default_factory=list, metadata={"help": "Languages to train on: en; de; en de fr cs. Default: all."}
+    )
+    eval_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Test sets as name=path, e.g. flickr30k=test.jsonl coco=c.jsonl."},
+    )
+    eval_languages: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Languages to evaluate, in this order. Default: all there are."},
+    )
+    eval_folds: list[str] = field(
+        default_factory=list, metadata={"help": "Folds as name=number; coco=5 is COCO 1K of 5,000 images."}
+    )
+    max_length: int = field(default=60, metadata={"help": "Longest text in tokens, with <s> and </s>."})
+
+
+@dataclass
+class LossArguments:
+    loss: str = field(
+        default="triplet",
+        metadata={"help": "Triplet loss on sigmoid scores, or cross-entropy.", "choices": ["triplet", "bce"]},
+    )
+    margin: float = field(default=0.2, metadata={"help": "Margin of the triplet loss (paper A.1)."})
+    num_negative_images: int = field(default=1, metadata={"help": "Wrong images per caption."})
+    num_negative_captions: int = field(default=1, metadata={"help": "Wrong captions per image."})
+    hard_negatives: bool = field(default=False, metadata={"help": "Mine the highest-scoring wrong pairs."})
+    hard_negative_steps: int = field(default=1000, metadata={"help": "Steps between two minings."})
+    hard_negative_pool: int = field(
+        default=400, metadata={"help": "Captions that are mined among at a time."}
+    )
+
+
+@dataclass
+class ScoringArguments:
+    precision: str = field(
+        default="fp32",
+        metadata={"help": "fp32 (exact), bf16 (GPU), int8 (CPU).", "choices": list(PRECISIONS)},
+    )
+    batch_tokens: int = field(default=2500, metadata={"help": "Tokens and regions scored at a time."})
+    save_scores: bool = field(default=False, metadata={"help": "Keep score matrices as scores/*.npy."})
+
+
+@dataclass
+class SearchArguments:
+    search: str | None = field(default=None, metadata={"help": "A text: find the best images of the stores."})
+    search_image: str | None = field(
+        default=None, metadata={"help": "An image id: find the best captions of the eval_files."}
+    )
+    search_images: str | None = field(
+        default=None, metadata={"help": "Folder of pictures <image id>.jpg; saves a grid as search.png."}
+    )
+    top_k: int = field(default=10, metadata={"help": "Number of results."})
+
+
+@dataclass
+class RetrievalTrainingArguments(TrainingArguments):
+    """Defaults from the paper's A.1; it trains 30,000 steps on Flickr30K captions and 50,000 on COCO's."""
+
+    output_dir: str = field(default="runs/retrieval", metadata={"help": "Checkpoints, model, card, results."})
+    per_device_train_batch_size: int = field(
+        default=40, metadata={"help": "True pairs per batch and process."}
+    )
+    learning_rate: float = field(default=1e-4)
+    weight_decay: float = field(default=0.01)
+    warmup_steps: float = field(default=0.1, metadata={"help": "Below 1: share of all steps."})
+    max_steps: int = field(default=30_000, metadata={"help": "-1: go by num_train_epochs."})
+    # The Trainer would drop the region inputs, which it does not know.
+    remove_unused_columns: bool = field(default=False)
+    report_to: str | None = field(default="none")
+
+    def __post_init__(self):
+        # Without this, each CPU process of a launch would train alone.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train, evaluate and report, or search. Returns the results (or the hits)."""
+    kinds = (DataArguments, LossArguments, ScoringArguments, SearchArguments, RetrievalTrainingArguments)
+    arguments = parse(kinds, sys.argv[1:] if argv is None else argv)
+    try:
+        return run(*arguments)
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(
+    data: DataArguments, loss: LossArguments, scoring: ScoringArguments, find: SearchArguments, args
+) -> dict:
+    set_seed(args.seed)
+    store = RegionStore(data.region_stores)
+    eval_files = parse_pairs("eval_files", data.eval_files)
+    eval_folds = {name: int(value) for name, value in parse_pairs("eval_folds", data.eval_folds).items()}
+    scoring_options = {
+        "precision": scoring.precision,
+        "batch_tokens": scoring.batch_tokens,
+        "max_length": data.max_length,
+    }
+    if find.search is not None or find.search_image is not None:
+        return run_search(data, find, store, eval_files, scoring_options, args)
+    if not data.train_files and not eval_files:
+        raise DataError(
+            found=Found("neither train_files nor eval_files"), expected="something to train or evaluate"
+        )
+
+    captions = load_captions_of(data.train_files, store, data.train_languages) if data.train_files else None
+    test_sets = load_test_sets(eval_files, store, data.eval_languages, eval_folds)
+    processor = load_processor(data.model_name_or_path, store)
+    model = load_model(data.model_name_or_path, store, fine_tune=captions is not None, margin=loss.margin)
+    evaluate = partial(
+        evaluate_retrieval, processor=processor, store=store, test_sets=test_sets, **scoring_options
+    )
+    trainer = build_trainer(
+        model, processor, captions, store, test_sets, data, loss, evaluate, scoring_options, args
+    )
+    if captions is not None:
+        train(trainer, args)
+    results = {}
+    if test_sets:
+        results = evaluate(
+            trainer.accelerator.unwrap_model(trainer.model),
+            resume_dir=Path(args.output_dir, "scoring"),
+            save_dir=Path(args.output_dir, "scores") if scoring.save_scores else None,
+            progress=True,
+        )
+    if trainer.is_world_process_zero():
+        report(trainer, results, data, loss, scoring, args)
+    trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer.push_to_hub(commit_message="UC2 retrieval")
+    return results
+
+
+def parse_pairs(option: str, values: list[str]) -> dict[str, str]:
+    """`name=value` words -> a dict. Raises DataError for a word without `=` and for a name given twice."""
+    pairs = {}
+    for word in values:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value) or name in pairs:
+            raise DataError(field=option, found=word, expected="name=value, each name once")
+        pairs[name] = value
+    return pairs
+
+
+def load_processor(name_or_path: str, store: RegionStore) -> UC2Processor:
+    if AutoConfig.from_pretrained(name_or_path).model_type == "xlm-roberta":
+        return UC2Processor(AutoTokenizer.from_pretrained(name_or_path), feature_size=store.feature_size)
+    processor = UC2Processor.from_pretrained(name_or_path)
+    if processor.feature_size != store.feature_size:
+        found = Found(f"features of width {store.feature_size}")
+        raise DataError(
+            file=store.paths[0], field="features", found=found, expected=f"{processor.feature_size}"
+        )
+    return processor
+
+
+def load_model(name_or_path: str, store: RegionStore, *, fine_tune: bool, margin: float = 0.2):
+    """The network that scores pairs.
+
+    A retrieval checkpoint as it is; a pre-training checkpoint with its matching head, whose "match" row
+    becomes the score head for fine-tuning; an XLM-R checkpoint only to fine-tune, with random visual parts.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    architecture = (config.architectures or [config.model_type])[0]
+    if config.model_type == "xlm-roberta" and fine_tune:
+        model = UC2ForRetrieval.from_text_encoder(name_or_path, region_feature_size=store.feature_size)
+    elif architecture == "UC2ForRetrieval":
+        model = UC2ForRetrieval.from_pretrained(name_or_path)
+    elif architecture == "UC2ForPreTraining":
+        model_class = UC2ForRetrieval.from_pretraining if fine_tune else UC2ForPreTraining.from_pretrained
+        model = model_class(name_or_path)
+    else:
+        expected = "UC2ForRetrieval or UC2ForPreTraining (or an XLM-R checkpoint to fine-tune)"
+        raise DataError(file=name_or_path, field="architectures", found=architecture, expected=expected)
+    model.config.retrieval_margin = margin
+    return model
+
+
+def build_trainer(
+    model, processor, captions, store, test_sets, data, loss, evaluate, scoring_options, args
+) -> RetrievalTrainer:
+    dataset, collator, callbacks = None, None, []
+    if captions is not None:
+        dataset = RetrievalDataset(
+            captions,
+            store,
+            processor,
+            num_negative_images=loss.num_negative_images,
+            num_negative_captions=loss.num_negative_captions,
+            seed=args.seed,
+            max_length=data.max_length,
+        )
+        pad = UC2DataCollator(pad_token_id=processor.tokenizer.pad_token_id)
+        collator = RetrievalCollator(pad, dataset.group_size, loss.loss)
+        if loss.hard_negatives:
+            callbacks = [
+                HardNegativesCallback(
+                    dataset,
+                    every=loss.hard_negative_steps,
+                    pool_size=loss.hard_negative_pool,
+                    seed=args.seed,
+                    **scoring_options,
+                )
+            ]
+    return RetrievalTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=test_sets or None,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=callbacks,
+        evaluate_recall=lambda network: flat_metrics(evaluate(network)),
+    )
+
+
+def train(trainer: RetrievalTrainer, args) -> None:
+    """Train from the checkpoint named, else from the last one in the output folder, else from the start."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None and Path(args.output_dir).is_dir():
+        checkpoint = get_last_checkpoint(args.output_dir)
+    if checkpoint is not None:
+        logger.warning(f"Resuming from {checkpoint}.")
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, HardNegativesCallback):
+                callback.load(checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is None or trainer.state.global_step > step_of(checkpoint):
+        # The weights are new: scores of an earlier run in this folder are not theirs.
+        if trainer.is_world_process_zero():
+            shutil.rmtree(Path(args.output_dir, "scoring"), ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+    trainer.save_model()
+    trainer.save_state()
+
+
+def step_of(checkpoint: str) -> int:
+    return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
+
+
+def report(trainer, results: dict, data, loss, scoring, args) -> None:
+    """The table on the screen; results, curve and model card in the output folder."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if results:
+        write_results(folder, results)
+        shutil.rmtree(folder / "scoring")  # complete; no longer needed to resume
+        print(format_table(results))
+    if trainer.train_dataset is None:
+        return
+    write_model_card(
+        folder,
+        "retrieval",
+        model_name=folder.name,
+        config=trainer.model.config,
+        languages=[str(language) for language in trainer.train_dataset.languages],
+        data={
+            "captions": data.train_files,
+            "regions": data.region_stores,
+            "rows": len(trainer.train_dataset),
+            "images": len(trainer.train_dataset.image_ids),
+        },
+        hyperparameters={
+            "base_model": data.model_name_or_path,
+            "loss": loss.loss,
+            "margin": loss.margin,
+            "negative_images": loss.num_negative_images,
+            "negative_captions": loss.num_negative_captions,
+            "hard_negatives": loss.hard_negatives,
+            "learning_rate": args.learning_rate,
+            "optimiser_steps": trainer.state.global_step,
+            "pairs_per_batch": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "weight_decay": args.weight_decay,
+            "warmup": args.warmup_steps,
+            "seed": args.seed,
+            "scoring_precision": scoring.precision,
+        },
+        results=card_results(results),
+    )
+
+
+def card_results(results: dict) -> list[dict]:
+    """Every recall as a model-index entry, and Meta-Ave."""
+    if not results:
+        return []
+    rows = [
+        {"task": "retrieval", "dataset": name, "language": language, "metric": metric, "value": value}
+        for name, languages in results["datasets"].items()
+        for language, recalls in languages.items()
+        for metric, value in recalls.items()
+    ]
+    average = {"metric": "meta_average", "value": results["meta_average"]}
+    return [*rows, {"task": "retrieval", "dataset": "all data sets and languages", **average}]
+
+
+def run_search(data, find: SearchArguments, store, eval_files, scoring_options, args) -> list:
+    """Print the best images for a text, or the best captions for an image."""
+    processor = load_processor(data.model_name_or_path, store)
+    model = load_model(data.model_name_or_path, store, fine_tune=False).to(args.device)
+    options = {"top_k": find.top_k, "progress": True, **scoring_options}
+    if find.search is not None:
+        hits = search(model, processor, find.search, store, **options)
+    else:
+        if find.search_image not in store:
+            raise DataError(
+                field="search_image", found=find.search_image, expected="an image of the region store"
+            )
+        captions = [text for test_set in load_test_sets(eval_files, store) for text in test_set.texts]
+        if not captions:
+            raise DataError(
+                field="eval_files", found=Found("no caption"), expected="captions to search among"
+            )
+        hits = search_captions(model, processor, store[find.search_image], captions, **options)
+    for rank, hit in enumerate(hits, start=1):
+        print(f"{rank:3d}  {hit.probability:.4f}  {hit.item}")
+    if find.search is not None and find.search_images:
+        path = Path(args.output_dir, "search.png")
+        save_search_grid(hits, find.search_images, find.search, path)
+        print(f"saved {path}")
+    return hits
+
+
+if __name__ == "__main__":
+    main()
