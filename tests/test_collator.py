@@ -75,7 +75,8 @@ def test_question_answering_targets_become_labels():
 
 
 def test_options():
-    batch = UC2DataCollator(pad_token_id=9, feature_dtype=torch.float32, pad_to_multiple_of=8)([example(3, 9)])
+    collator = UC2DataCollator(pad_token_id=9, feature_dtype=torch.float32, pad_to_multiple_of=8)
+    batch = collator([example(3, 9)])
     assert batch["input_ids"].shape == (1, 8) and batch["input_ids"][0, 3:].eq(9).all()
     assert batch["region_features"].shape == (1, 16, 3) and batch["region_features"].dtype == torch.float32
 
