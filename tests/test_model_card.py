@@ -1,4 +1,4 @@
-"""Model cards: read back with huggingface_hub's own parser; found in a checkout and in an installed package."""
+"""Model cards: read back with huggingface_hub's own parser; found in a checkout and when installed."""
 
 import shutil
 import subprocess

@@ -66,14 +66,14 @@ def write_model_card(
         languages: codes of the training languages.
         data, hyperparameters: names and values, listed as they are.
         results: dicts with `task`, `dataset`, `metric`, `value` and optionally `language`, `split`.
-        base_model: what was fine-tuned. A local folder is named in the text but not in the metadata, where only
-            Hub ids are valid. Without it, `hyperparameters["base_model"]` is taken.
+        base_model: what was fine-tuned. A local folder is named in the text but not in the metadata, where
+            only Hub ids are valid. Without it, `hyperparameters["base_model"]` is taken.
         datasets: Hub ids of the training data.
         license, tags: metadata of the Hub.
         usage: Markdown in place of the template's usage example.
         notes: Markdown put under "Notes".
     Raises:
-        ValueError: an unknown kind, a result without one of its fields or with a value that is no finite number.
+        ValueError: an unknown kind, a result that lacks a field or has no finite number as value.
     """
     if kind not in PIPELINE_TAGS:
         raise ValueError(f"unknown kind of model card {kind!r}; choose one of {', '.join(PIPELINE_TAGS)}")
