@@ -11,18 +11,23 @@ class UC2RegionDetectorConfig(PreTrainedConfig):
 
     Args:
         depths (`list[int]`, defaults to `[3, 4, 23, 3]`): residual blocks per stage (ResNet-101).
-        widths (`list[int]`, defaults to `[64, 128, 256, 512]`): bottleneck widths per stage; a stage puts out four
-            times as many channels, so regions are 4 x 512 = 2048 numbers.
-        num_classes, num_attributes (`int`): object classes and attributes, without the background entry that each of
-            the two heads adds as its last one.
-        anchor_sizes, anchor_ratios: side of an anchor in pixels of the resized image, and height / width.
+        widths (`list[int]`, defaults to `[64, 128, 256, 512]`): bottleneck widths per stage; a stage puts out
+            four times as many channels, so a region's feature is 4 x 512 = 2048 numbers.
+        num_classes, num_attributes (`int`): object classes and attributes, without the background entry that
+            each of the two heads adds as its last one.
+        anchor_sizes, anchor_ratios (`list[float]`): side of an anchor in pixels of the resized image, and
+            height / width.
+        anchors (`list[list[float]]`, *optional*): x1, y1, x2, y2 of each anchor around the origin, instead of
+            sizes and ratios.
         proposal_hidden_size (`int`): channels of the proposal head.
-        proposals_before_nms, proposals_after_nms (`int`), proposal_nms_threshold (`float`): the proposals kept.
+        proposals_before_nms, proposals_after_nms (`int`), proposal_nms_threshold (`float`): proposals kept.
         nms_threshold (`float`): intersection over union above which the lower-scored of two detections goes.
-        score_threshold (`float`, *optional*): detections with a lower class probability are dropped while more than
-            `min_detections` remain; `None` keeps all. The UC2 regions used 0.2.
+        score_threshold (`float`, *optional*): detections with a lower class probability are dropped while
+            more than `min_detections` remain; `None` keeps all. The regions of the paper used 0.2.
         min_detections, max_detections (`int`): bounds of the regions per image; equal for a fixed number.
         box_weights (`list[float]`): factors by which the box head's deltas were multiplied in training.
+
+    Invalid values raise a `huggingface_hub.errors.StrictDataclassError` that names the field.
     """
 
     model_type = "uc2_region_detector"
@@ -34,6 +39,7 @@ class UC2RegionDetectorConfig(PreTrainedConfig):
     num_attributes: int = 400
     anchor_sizes: list[float | int] | tuple[float | int, ...] = (32, 64, 128, 256, 512)
     anchor_ratios: list[float | int] | tuple[float | int, ...] = (0.5, 1, 2)
+    anchors: list[list[float]] | None = None
     proposal_hidden_size: int = 512
     proposals_before_nms: int = 6000
     proposals_after_nms: int = 300
@@ -61,7 +67,9 @@ class UC2RegionDetectorConfig(PreTrainedConfig):
                 f"found {self.depths} and {self.widths}."
             )
         if len(self.box_weights) != 4:
-            raise ValueError(f"UC2RegionDetectorConfig.box_weights is {self.box_weights}; expected 4 numbers.")
+            raise ValueError(
+                f"UC2RegionDetectorConfig.box_weights is {self.box_weights}; expected 4 numbers."
+            )
 
     def validate_detections(self):
         if not 1 <= self.min_detections <= self.max_detections:

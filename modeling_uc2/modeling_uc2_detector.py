@@ -1,11 +1,12 @@
-"""The region detector of UC2: a Faster R-CNN trained on Visual Genome (Anderson et al., CVPR 2018), for inference.
+"""The region detector of UC2: a Faster R-CNN trained on Visual Genome (Anderson et al., CVPR 2018).
 
-The backbone is timm's ResNet with the three differences of the Caffe original: a stage's stride sits in the first
-1x1 convolution, batch norm is frozen, and the stem's max-pool rounds up without padding. Its fourth stage runs on each
-pooled region, with stride 1 and dilation 2, and the mean of its output is the region's feature.
+The backbone is timm's ResNet with the three differences of the Caffe original: a stage's stride sits in the
+first 1x1 convolution, batch norm is frozen, and the stem's max-pool rounds up without padding. Its fourth
+stage runs on each pooled region, with stride 1 and dilation 2; the mean of its output is the region's
+feature.
 
-Shapes: B images, H x W pixels (resized, padded), h x w cells of the stage-3 map (16 pixels each), P proposals and R
-regions of an image, F feature width, C classes, A attributes. Boxes are x1, y1, x2, y2.
+Shapes: B images, H x W pixels (resized, padded), h x w cells of the stage-3 map (16 pixels each), P proposals
+and R regions of an image, F feature width, C classes, A attributes. Boxes are x1, y1, x2, y2.
 """
 
 import math
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image, nms, remove_small_boxes, roi_pool
+from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image, nms, roi_pool
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
@@ -43,9 +44,9 @@ class UC2RegionDetectorOutput(ModelOutput):
         region_boxes (`(B, R, 4)`): boxes in pixels of the original images.
         normalized_boxes (`(B, R, 4)`): the same divided by the original width and height.
         region_attention_mask (`(B, R)`): 1 for a region, 0 for padding.
-        class_ids, class_scores (`(B, R)`): most probable class (0 … C-1, background excluded) and its probability.
+        class_ids, class_scores (`(B, R)`): most probable class (0 … C-1, no background) and its probability.
         attribute_ids, attribute_scores (`(B, R)`): most probable attribute and its probability.
-        class_probs (`(B, R, C)`, on request): probabilities of all classes; they sum to 1 less the background.
+        class_probs (`(B, R, C)`, on request): of all classes; they sum to 1 less the background's.
     """
 
     region_features: torch.FloatTensor | None = None
@@ -112,8 +113,8 @@ class CaffeResNet(ResNet):
     def forward(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
         """(B, 3, H, W) -> (B, 4 * widths[2], h, w), for each image the same as if it were alone.
 
-        Zeros around an image act as a convolution's own padding does. Behind the first batch norm the padded cells
-        are no longer 0; so they are set to 0 before every operation that reads neighbours.
+        Zeros around an image act as a convolution's own padding does. Behind the first batch norm the padded
+        cells are no longer 0; so they are set to 0 before every operation that reads neighbours.
         """
         x = self.act1(self.bn1(self.conv1(pixel_values)))
         sizes = [tuple((length + 1) // 2 for length in size) for size in image_sizes]
@@ -153,7 +154,7 @@ def _zero_padding(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
 
 
 class ProposalHead(nn.Module):
-    """Region proposal network: for each anchor of each cell an objectness logit and four box deltas."""
+    """Region proposal network: an objectness logit and four box deltas per anchor and cell."""
 
     def __init__(self, channels: int, hidden: int, num_anchors: int):
         super().__init__()
@@ -169,7 +170,7 @@ class ProposalHead(nn.Module):
 
 
 class RegionPredictor(nn.Module):
-    """Class, attribute and box of a region. The attribute is predicted from the feature and the predicted class."""
+    """Class, attribute and box of a region; the attribute from the feature and the predicted class."""
 
     def __init__(self, feature_size: int, num_classes: int, num_attributes: int):
         super().__init__()
@@ -187,20 +188,20 @@ class RegionPredictor(nn.Module):
         return class_logits, self.attr_score(hidden), self.bbox_pred(features).unflatten(-1, (-1, 4))
 
 
-def make_anchors(sizes: list[float], ratios: list[float]) -> torch.Tensor:
-    """(len(sizes) * len(ratios), 4): boxes of area size ** 2 and height / width = ratio around the origin."""
+def make_anchors(sizes: list[float], ratios: list[float]) -> list[list[float]]:
+    """Boxes around the origin, one per size and ratio: area is size ** 2, height / width is the ratio."""
     anchors = []
     for size in sizes:
         for ratio in ratios:
             width = size / math.sqrt(ratio)
             height = ratio * width
             anchors.append([-width / 2, -height / 2, width / 2, height / 2])
-    return torch.tensor(anchors)
+    return anchors
 
 
 def apply_deltas(boxes: torch.Tensor, deltas: torch.Tensor, weights: list[float]) -> torch.Tensor:
-    """Boxes (n, 4) moved by deltas (n, 4) (Girshick et al., R-CNN, appendix C): the centre by dx * width and
-    dy * height, width and height by exp(dw) and exp(dh); `weights` is what the deltas are multiplied with."""
+    """Boxes (n, 4) moved by deltas (n, 4) (R-CNN, Girshick et al. 2014, appendix C): the centre by dx * width
+    and dy * height, the size by factors exp(dw) and exp(dh). `weights` is what deltas are multiplied with."""
     size = boxes[:, 2:] - boxes[:, :2]
     centre = boxes[:, :2] + 0.5 * size
     deltas = deltas / deltas.new_tensor(weights)
@@ -224,10 +225,9 @@ class UC2RegionDetector(PreTrainedModel):
 
     def __init__(self, config: UC2RegionDetectorConfig):
         super().__init__(config)
-        anchors = make_anchors(config.anchor_sizes, config.anchor_ratios)
-        self.register_buffer("cell_anchors", anchors)
+        num_anchors = len(config.anchors or make_anchors(config.anchor_sizes, config.anchor_ratios))
         self.backbone = CaffeResNet(config.depths, config.widths)
-        self.proposal_head = ProposalHead(4 * config.widths[2], config.proposal_hidden_size, len(anchors))
+        self.proposal_head = ProposalHead(4 * config.widths[2], config.proposal_hidden_size, num_anchors)
         self.predictor = RegionPredictor(config.feature_size, config.num_classes, config.num_attributes)
         self.post_init()
 
@@ -239,12 +239,10 @@ class UC2RegionDetector(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.01)
         elif isinstance(module, FrozenBatchNorm):
-            for name, fill in (("weight", init.ones_), ("running_var", init.ones_)):
-                fill(getattr(module, name))
-            for name in ("bias", "running_mean"):
-                init.zeros_(getattr(module, name))
-        elif module is self:
-            init.copy_(self.cell_anchors, make_anchors(self.config.anchor_sizes, self.config.anchor_ratios))
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
 
     @torch.no_grad()
     def forward(
@@ -265,47 +263,61 @@ class UC2RegionDetector(PreTrainedModel):
             pixel_values: (B, 3, H, W), as `UC2DetectorImageProcessor` makes it.
             image_sizes: (B, 2) height and width within the padding; without it every image is H x W.
             original_sizes: (B, 2) height and width of the files; without it, `image_sizes`.
-            boxes: for each image (n, 4) boxes in original pixels. Given these, nothing is searched or dropped: regions
-                are exactly these boxes in this order.
-            min_detections, max_detections, score_threshold: instead of the configuration's; equal bounds give a fixed
-                number, as long as there are that many proposals. Surviving boxes come first, then the best of those
-                that non-maximum suppression had removed. A threshold below 0 drops nothing.
+            boxes: for each image (n, 4) boxes in original pixels. Given these, nothing is searched or
+                dropped: regions are exactly these boxes in this order.
+            min_detections, max_detections, score_threshold: instead of the configuration's. Equal bounds
+                give a fixed number, as long as there are that many proposals. A threshold below 0 drops
+                nothing.
         """
         if image_sizes is None:
             image_sizes = torch.tensor(pixel_values.shape[-2:]).expand(len(pixel_values), 2)
         original_sizes = image_sizes if original_sizes is None else original_sizes
         sizes = [(int(height), int(width)) for height, width in image_sizes.tolist()]
-        scales = (original_sizes / image_sizes).flip(1).repeat(1, 2).to(pixel_values.device)  # (B, 4): x, y, x, y
+        # (B, 4): original pixels per resized pixel, along x, y, x, y
+        scales = (original_sizes / image_sizes).flip(1).repeat(1, 2).to(pixel_values.device)
         cells = self.backbone(pixel_values.to(self.dtype), sizes)
         if boxes is None:
-            candidates, _ = self.propose(cells, sizes)
-        else:
-            candidates = [given.to(scale) / scale for given, scale in zip(boxes, scales, strict=True)]
-        described = self.describe(cells, candidates)
-        least = self.config.min_detections if min_detections is None else min_detections
-        most = self.config.max_detections if max_detections is None else max_detections
-        threshold = self.config.score_threshold if score_threshold is None else score_threshold
-        images = []
-        for size, scale, candidate, tensors in zip(sizes, scales, candidates, zip(*described, strict=True), strict=True):
-            regions = self._regions(tensors, output_class_probs)
-            if boxes is None:
-                regions["boxes"] = self._refine(candidate, tensors[3], regions["class_ids"], size)
-                keep = select_regions(
-                    regions["boxes"], regions["class_scores"], self.config.nms_threshold, threshold, least, most
+            limits = self._limits(min_detections, max_detections, score_threshold)
+            proposals, _ = self.propose(cells, sizes)
+            images = [
+                self._detect(*inputs, limits, output_class_probs)
+                for inputs in zip(
+                    proposals, zip(*self.describe(cells, proposals), strict=True), sizes, strict=True
                 )
-                regions = {name: values[keep] for name, values in regions.items()}
-            else:
-                regions["boxes"] = candidate
-            regions["boxes"] = regions["boxes"] * scale
-            images.append(regions)
-        output = _pad_regions(images, original_sizes.to(pixel_values.device))
+            ]
+        else:
+            given = [some.to(scale) / scale for some, scale in zip(boxes, scales, strict=True)]
+            images = [
+                {"boxes": some, **self._labels(*described, output_class_probs)}
+                for some, described in zip(given, zip(*self.describe(cells, given), strict=True), strict=True)
+            ]
+        output = _pad_regions(images, scales, original_sizes.to(pixel_values.device))
         use_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
         return output.to_tuple() if use_tuple else output
+
+    def _limits(self, least: int | None, most: int | None, threshold: float | None) -> dict:
+        """Arguments of `select_regions`: what the caller gave, else the configuration's."""
+        limits = {
+            "least": self.config.min_detections if least is None else least,
+            "most": self.config.max_detections if most is None else most,
+            "score_threshold": self.config.score_threshold if threshold is None else threshold,
+        }
+        if not 1 <= limits["least"] <= limits["most"]:
+            raise ValueError(f"1 <= min_detections <= max_detections must hold; found {limits}.")
+        return limits
 
     def propose(
         self, cells: torch.Tensor, sizes: list[tuple[int, int]]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Stage-3 map (B, c, h, w) -> for each image boxes (P, 4) in resized pixels and objectness logits (P,)."""
+        """Proposals of each image, by falling objectness.
+
+        Args:
+            cells: (B, c, h, w), the stage-3 map.
+            sizes: height and width of each image in resized pixels.
+
+        Returns:
+            Boxes (P, 4) in resized pixels and objectness logits (P,) of each image.
+        """
         logits, deltas = self.proposal_head(cells)
         proposals = [
             self._propose_one(logits[i, :height, :width], deltas[i, :height, :width], sizes[i])
@@ -314,96 +326,118 @@ class UC2RegionDetector(PreTrainedModel):
         return [boxes for boxes, _ in proposals], [scores for _, scores in proposals]
 
     def _propose_one(self, logits: torch.Tensor, deltas: torch.Tensor, size: tuple[int, int]):
-        height, width, _ = logits.shape
+        """Logits (h, w, a) and deltas (h, w, a, 4) of one image -> boxes (P, 4), logits (P,)."""
+        config = self.config
+        anchors = torch.tensor(
+            config.anchors or make_anchors(config.anchor_sizes, config.anchor_ratios), device=logits.device
+        )
         scores, best = logits.flatten().float().sort(descending=True)
-        scores, best = scores[: self.config.proposals_before_nms], best[: self.config.proposals_before_nms]
-        cell, anchor = best // len(self.cell_anchors), best % len(self.cell_anchors)
-        corner = torch.stack([cell % width, cell // width], dim=1) * CELL
-        anchors = self.cell_anchors.float()[anchor] + corner.repeat(1, 2)
-        boxes = apply_deltas(anchors, deltas.reshape(-1, 4)[best].float(), [1, 1, 1, 1])
+        scores, best = scores[: config.proposals_before_nms], best[: config.proposals_before_nms]
+        cell, anchor = best // len(anchors), best % len(anchors)
+        corner = torch.stack([cell % logits.shape[1], cell // logits.shape[1]], dim=1) * CELL
+        boxes = apply_deltas(
+            anchors[anchor] + corner.repeat(1, 2), deltas.reshape(-1, 4)[best].float(), [1, 1, 1, 1]
+        )
         boxes = clip_boxes_to_image(boxes, size)
-        boxes, scores = (values[_not_empty(boxes)] for values in (boxes, scores))
-        keep = nms(boxes, scores, self.config.proposal_nms_threshold)[: self.config.proposals_after_nms]
+        some = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # clipping may leave no area
+        boxes, scores = boxes[some], scores[some]
+        keep = nms(boxes, scores, config.proposal_nms_threshold)[: config.proposals_after_nms]
         return boxes[keep], scores[keep]
 
-    def describe(self, cells: torch.Tensor, boxes: list[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """Features (P, F), class logits (P, C + 1), attribute logits (P, A + 1) and box deltas (P, C, 4) of each image.
+    def describe(
+        self, cells: torch.Tensor, boxes: list[torch.Tensor]
+    ) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """What the network says about each image's boxes.
 
         Args:
             cells: (B, c, h, w), the stage-3 map.
-            boxes: for each image (P, 4) boxes in resized pixels.
+            boxes: (P, 4) for each image, in resized pixels.
+
+        Returns:
+            For each image features (P, F); class logits (P, C + 1); attribute logits (P, A + 1); box deltas
+            (P, C, 4).
         """
-        image = torch.repeat_interleave(
-            torch.arange(len(boxes), device=cells.device),
-            torch.tensor([len(some) for some in boxes], device=cells.device),
-        )
+        counts = [len(some) for some in boxes]
+        image = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts)).to(cells.device)
         regions = torch.cat([image[:, None].float(), torch.cat(boxes).float()], dim=1)
-        # Pooling in float32: float16 cannot tell neighbouring pixels apart beyond 1,024.
+        # Pooling in float32: float16 cannot tell neighbouring pixels apart beyond 2,048.
         features = [
-            self.backbone.layer4(roi_pool(cells.float(), some, POOLED, 1 / CELL).to(cells.dtype)).mean(dim=(2, 3))
+            self.backbone.layer4(roi_pool(cells.float(), some, POOLED, 1 / CELL).to(cells.dtype)).mean((2, 3))
             for some in regions.split(REGIONS_AT_ONCE)
         ]
         features = torch.cat(features)
-        counts = [len(some) for some in boxes]
         return tuple(values.split(counts) for values in (features, *self.predictor(features)))
 
-    def _regions(self, described: tuple[torch.Tensor, ...], output_class_probs: bool) -> dict[str, torch.Tensor]:
-        features, class_logits, attribute_logits, _ = described
-        class_probs = class_logits.float().softmax(-1)[:, :-1]
-        class_scores, class_ids = class_probs.max(-1)
-        # The "none" attribute is left out before the softmax, the background class after it: so was the original.
+    def _detect(
+        self,
+        proposals: torch.Tensor,
+        described: tuple,
+        size: tuple[int, int],
+        limits: dict,
+        class_probs: bool,
+    ) -> dict[str, torch.Tensor]:
+        """The regions of one image: each proposal moved by the deltas of its class, then the best of them."""
+        regions = self._labels(*described, class_probs)
+        deltas = described[3][torch.arange(len(proposals)), regions["class_ids"]].float()  # (P, 4)
+        boxes = clip_boxes_to_image(apply_deltas(proposals, deltas, self.config.box_weights), size)
+        keep = select_regions(boxes, regions["class_scores"], self.config.nms_threshold, **limits)
+        return {name: values[keep] for name, values in ({"boxes": boxes} | regions).items()}
+
+    def _labels(
+        self, features, class_logits, attribute_logits, _, class_probs: bool
+    ) -> dict[str, torch.Tensor]:
+        # The "none" attribute is left out before the softmax, the background class after it, as in the
+        # original.
+        probs = class_logits.float().softmax(-1)[:, :-1]
+        class_scores, class_ids = probs.max(-1)
         attribute_scores, attribute_ids = attribute_logits[:, :-1].float().softmax(-1).max(-1)
         regions = {
-            "features": features,
+            "region_features": features,
             "class_ids": class_ids,
             "class_scores": class_scores,
             "attribute_ids": attribute_ids,
             "attribute_scores": attribute_scores,
         }
-        return regions | ({"class_probs": class_probs} if output_class_probs else {})
-
-    def _refine(self, boxes: torch.Tensor, deltas: torch.Tensor, class_ids: torch.Tensor, size: tuple[int, int]):
-        """Each proposal (P, 4) moved by the deltas (P, C, 4) of its class, in resized pixels."""
-        chosen = deltas[torch.arange(len(boxes), device=boxes.device), class_ids].float()
-        return clip_boxes_to_image(apply_deltas(boxes, chosen, self.config.box_weights), size)
+        return regions | ({"class_probs": probs} if class_probs else {})
 
     @classmethod
     def from_frcnn_checkpoint(cls, name_or_path: str, **config_overrides) -> "UC2RegionDetector":
         """The detector with the weights of a public checkpoint such as `unc-nlp/frcnn-vg-finetuned`.
 
         Args:
-            name_or_path: Hub id, or a folder with `model.safetensors` or `pytorch_model.bin` (read without executing
-                pickles).
-            config_overrides: fields of `UC2RegionDetectorConfig`. Depths and widths, and the numbers of classes and
-                attributes, are read off the weights.
+            name_or_path: Hub id, or a folder with `model.safetensors` or `pytorch_model.bin` (which is read
+                without executing pickles).
+            config_overrides: fields of `UC2RegionDetectorConfig`. Depths and widths, anchors, and the numbers
+                of classes and attributes are read off the weights.
 
-        `save_pretrained` then writes a folder of safetensors that `from_pretrained` loads.
+        `save_pretrained` then writes a folder with safetensors that `from_pretrained` loads.
         """
         weights = convert_frcnn_weights(_load_frcnn_weights(name_or_path))
-        config = UC2RegionDetectorConfig(**{**_sizes_of(weights), **config_overrides})
+        config = UC2RegionDetectorConfig(**{**_settings_from(weights), **config_overrides})
         with torch.device("meta"):
             model = cls(config)
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
         if missing or unexpected:
             raise ValueError(
-                f"{name_or_path} does not hold this detector: missing {missing[:3]}, unexpected {unexpected[:3]} "
-                f"({len(missing)} and {len(unexpected)} in all)."
+                f"{name_or_path} does not hold this detector: {len(missing)} parameters are missing "
+                f"({missing[:3]}), {len(unexpected)} are unexpected ({unexpected[:3]})."
             )
         return model.eval()
 
 
-def _not_empty(boxes: torch.Tensor) -> torch.Tensor:
-    """Indices of boxes with an area."""
-    return remove_small_boxes(boxes, min_size=torch.finfo(boxes.dtype).tiny)
-
-
 def select_regions(
-    boxes: torch.Tensor, scores: torch.Tensor, nms_threshold: float, score_threshold: float | None, least: int, most: int
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    nms_threshold: float,
+    *,
+    score_threshold: float | None,
+    least: int,
+    most: int,
 ) -> torch.Tensor:
     """Indices (R,) by falling score, least <= R <= most as far as there are candidates.
 
-    What non-maximum suppression keeps and what scores above the threshold; if these are fewer than `least`, the best
-    of the others as well, first those that only the threshold excluded.
+    What non-maximum suppression keeps and what scores above the threshold; if these are fewer than `least`,
+    the best of those below the threshold, then the best of the suppressed ones as well.
     """
     kept = nms(boxes, scores, nms_threshold)
     if score_threshold is not None:
@@ -417,15 +451,17 @@ def select_regions(
     return kept
 
 
-def _pad_regions(images: list[dict[str, torch.Tensor]], original_sizes: torch.Tensor) -> UC2RegionDetectorOutput:
+def _pad_regions(
+    images: list[dict[str, torch.Tensor]], scales: torch.Tensor, original_sizes: torch.Tensor
+) -> UC2RegionDetectorOutput:
+    """Stacks the images' regions; boxes go from resized to original pixels by `scales` (B, 4)."""
     padded = {name: pad_sequence([image[name] for image in images], batch_first=True) for name in images[0]}
-    ones = [torch.ones(len(image["boxes"]), dtype=torch.long) for image in images]
-    features, boxes = padded.pop("features"), padded.pop("boxes")
+    boxes = padded.pop("boxes") * scales[:, None]
+    counts = torch.tensor([len(image["boxes"]) for image in images], device=boxes.device)
     return UC2RegionDetectorOutput(
-        region_features=features,
         region_boxes=boxes,
         normalized_boxes=boxes / original_sizes.flip(1).repeat(1, 2)[:, None],
-        region_attention_mask=pad_sequence(ones, batch_first=True).to(boxes.device),
+        region_attention_mask=(torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]).long(),
         **padded,
     )
 
@@ -434,7 +470,10 @@ def _pad_regions(images: list[dict[str, torch.Tensor]], original_sizes: torch.Te
 
 
 def convert_frcnn_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters of the public port (`backbone.res4.0.conv1.norm.weight` …) under this model's names."""
+    """The parameters of the public port (`backbone.res4.0.conv1.norm.weight` …) under this model's names.
+
+    The anchors, which are no parameters here, come along as `anchors`.
+    """
     prefixes = {
         "backbone.stem.": "backbone.",
         "backbone.res2.": "backbone.layer1.",
@@ -443,7 +482,7 @@ def convert_frcnn_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.T
         "roi_heads.res5.": "backbone.layer4.",
         "roi_heads.box_predictor.": "predictor.",
         "proposal_generator.rpn_head.": "proposal_head.",
-        "proposal_generator.anchor_generator.cell_anchors.0": "cell_anchors",
+        "proposal_generator.anchor_generator.cell_anchors.0": "anchors",
     }
     parts = {"shortcut.norm.": "downsample.1.", "shortcut.": "downsample.0."}
     parts |= {f"conv{i}.norm.": f"bn{i}." for i in (1, 2, 3)}
@@ -469,20 +508,23 @@ def _load_frcnn_weights(name_or_path: str) -> dict[str, torch.Tensor]:
     raise FileNotFoundError(f"{name_or_path} has neither of {', '.join(CHECKPOINT_FILES)}.")
 
 
-def _sizes_of(weights: dict[str, torch.Tensor]) -> dict:
-    """The fields of the configuration that can be read off the shapes of converted weights."""
+def _settings_from(weights: dict[str, torch.Tensor]) -> dict:
+    """The fields of the configuration that converted weights determine; takes the anchors out of them."""
     blocks = [f"backbone.layer{stage}.{{}}.conv3.weight" for stage in (1, 2, 3, 4)]
     needed = [block.format(0) for block in blocks]
     needed += ["predictor.cls_score.weight", "predictor.attr_score.weight", "proposal_head.conv.weight"]
-    missing = [name for name in needed if name not in weights]
+    missing = [name for name in (*needed, "anchors") if name not in weights]
     if missing:
-        raise ValueError(f"These weights are not those of a Faster R-CNN with attributes: {missing} not found.")
+        raise ValueError(f"These are not the weights of a Faster R-CNN with attributes: {missing} not found.")
     return {
-        "depths": [next(i for i in range(len(weights)) if block.format(i) not in weights) for block in blocks],
+        "depths": [
+            next(i for i in range(len(weights)) if block.format(i) not in weights) for block in blocks
+        ],
         "widths": [weights[block.format(0)].shape[1] for block in blocks],
         "num_classes": len(weights["predictor.cls_score.weight"]) - 1,
         "num_attributes": len(weights["predictor.attr_score.weight"]) - 1,
         "proposal_hidden_size": len(weights["proposal_head.conv.weight"]),
+        "anchors": weights.pop("anchors").tolist(),
     }
 
 

@@ -1,9 +1,11 @@
-"""Photographs -> input of the region detector: resized, BGR, mean subtracted, padded to one size per batch."""
+"""Photographs -> input of the region detector: resized, BGR, mean subtracted, padded to one size."""
 
 import numpy as np
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
+
+SMALLEST = 16  # pixels of an edge: one cell of the detector's feature map
 
 
 class UC2DetectorImageProcessor(PilBackend):
@@ -11,12 +13,12 @@ class UC2DetectorImageProcessor(PilBackend):
     Prepares images for `UC2RegionDetector` as the Caffe original did.
 
     The shorter edge becomes `size["shortest_edge"]` pixels, unless the longer one would exceed
-    `size["longest_edge"]`; then the longer one becomes that. Channels are put in BGR order and `image_mean` (BGR, of
-    values 0 to 255) is subtracted; there is no division by a standard deviation. Images of a batch are padded with
-    zeros at the right and the bottom.
+    `size["longest_edge"]`; then the longer one becomes that. Channels are put in BGR order and `image_mean`
+    (BGR, of values 0 to 255) is subtracted; there is no division by a standard deviation. The images of a
+    batch are padded with zeros at the right and the bottom.
 
-    Returns a `BatchFeature` with `pixel_values` (B, 3, H, W) float32, `image_sizes` (B, 2), the height and width of
-    each image within the padding, and `original_sizes` (B, 2), those of the given image; both int64.
+    Returns a `BatchFeature` with `pixel_values` (B, 3, H, W) float32, `image_sizes` (B, 2), height and width
+    of each image within the padding, and `original_sizes` (B, 2), those of the given image; both int64.
     """
 
     model_input_names = ["pixel_values", "image_sizes", "original_sizes"]
@@ -36,7 +38,7 @@ class UC2DetectorImageProcessor(PilBackend):
         for image in images:
             if image.dtype != np.uint8 or image.shape[0] != 3:
                 raise ValueError(
-                    f"An image is {image.dtype} with {image.shape[0]} channels; expected 3 channels of uint8 (0 to 255)."
+                    f"An image is {image.dtype} with {image.shape[0]} channels; expected 3 channels of uint8."
                 )
         original_sizes = [image.shape[1:] for image in images]
         if do_resize:
@@ -56,7 +58,7 @@ def _resize(image: np.ndarray, shortest: int, longest: int | None, resample: int
     scale = shortest / min(height, width)
     if longest is not None and scale * max(height, width) > longest:
         scale = longest / max(height, width)
-    height, width = (max(1, int(scale * length + 0.5)) for length in (height, width))
+    height, width = (max(SMALLEST, int(scale * length + 0.5)) for length in (height, width))
     resized = Image.fromarray(image.transpose(1, 2, 0)).resize((width, height), resample)
     return np.asarray(resized).transpose(2, 0, 1)
 
