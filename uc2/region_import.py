@@ -84,11 +84,15 @@ def import_regions(
             raise DataError(
                 file=path, found=Found("no such file"), expected=f"regions in the format {format}"
             )
-    total = chosen.count(inputs) if chosen.count else None
-    records = tqdm(chosen.read(inputs, **format_options), total=total, unit="image", desc=f"reading {format}")
-    rows = (row_from_record(record, options or RecordOptions()) for record in records)
-    source = ", ".join(inputs)
-    return write_region_store(rows, output, rows_per_shard=rows_per_shard, overwrite=overwrite, source=source)
+    options, total = options or RecordOptions(), chosen.count(inputs) if chosen.count else None
+    with tqdm(chosen.read(inputs, **format_options), total=total, unit="image", desc=format) as records:
+        return write_region_store(
+            (row_from_record(record, options) for record in records),
+            output,
+            rows_per_shard=rows_per_shard,
+            overwrite=overwrite,
+            source=", ".join(inputs),
+        )
 
 
 def _read_image_sizes(file: str | None) -> dict[str, tuple[int, int]]:

@@ -65,11 +65,20 @@ def _open(path: Path) -> Iterator[Any]:
     except ImportError as error:
         raise ImportError("reading LMDB databases needs the package lmdb: pip install lmdb") from error
     try:
-        database = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=path.is_dir())
+        with lmdb.open(
+            str(path), readonly=True, lock=False, readahead=False, subdir=path.is_dir()
+        ) as database:
+            _check_size(path / "data.mdb" if path.is_dir() else path, database)
+            yield database
     except lmdb.Error as error:
-        raise DataError(file=path, found=Found(str(error)), expected="an LMDB database") from error
-    with database:
-        yield database
+        raise DataError(file=path, found=Found(str(error)), expected="a whole LMDB database") from error
+
+
+def _check_size(file: Path, database: Any) -> None:
+    """A database cut off would be mapped beyond its end, which kills the process instead of failing."""
+    needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+    if file.stat().st_size < needed:
+        raise DataError(file=file, found=Found(f"{file.stat().st_size} bytes"), expected=f"at least {needed}")
 
 
 def count_entries(path: str | os.PathLike) -> int:

@@ -122,10 +122,10 @@ def _classes(record: Record, options: RecordOptions) -> tuple[Any, Any, np.ndarr
     probs = _class_probs(record)
     ids, scores = record.get("class_ids"), record.get("class_scores")
     if options.no_classes and ids is None and probs is None:
-        count = len(np.asarray(record.require("features")))
-        return np.zeros(count, np.int64), np.ones(count, np.float32), None
-    if probs is not None:
-        ids = probs.argmax(axis=1) if ids is None else np.asarray(ids)
+        count = len(record.require("features"))
+        return np.zeros(count, np.int64), np.ones(count, np.float32) if scores is None else scores, None
+    if probs is not None and ids is None:
+        ids = probs.argmax(axis=1)
         scores = probs.max(axis=1) if scores is None else scores
     if ids is None or scores is None:
         expected = "object classes and scores (or the option no_classes, for retrieval and VQA only)"

@@ -112,6 +112,11 @@ def _empty_array(kind: type, shape: tuple, code: bytes) -> _Array:
     return _Array()
 
 
+def _from_buffer(data: bytes, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+    # How protocol 5 writes arrays.
+    return _array(data, dtype.name, shape, order)
+
+
 def _scalar(dtype: _Dtype, data: bytes) -> Any:
     return _array(data, dtype.name, ())[()]
 
@@ -127,9 +132,13 @@ _ADMITTED = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     **{
-        (f"numpy.{core}.multiarray", name): stand_in
+        (f"numpy.{core}.{module}", name): stand_in
         for core in ("core", "_core")
-        for name, stand_in in (("_reconstruct", _empty_array), ("scalar", _scalar))
+        for module, name, stand_in in (
+            ("multiarray", "_reconstruct", _empty_array),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _from_buffer),
+        )
     },
 }
 
