@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from uc2.data_error import DataError, Found
 
@@ -29,8 +29,13 @@ class ImageItem:
 
     def decode(self) -> Image.Image:
         """The image in RGB, turned upright by its EXIF orientation. Raises whatever the decoder raises."""
-        with Image.open(io.BytesIO(self.read())) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        content = self.read()
+        try:
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            # Pillow's own message holds a memory address, and reports must not differ between runs.
+            raise ValueError(f"no image format is recognised in these {len(content)} bytes") from None
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,7 @@ class RegionExtractionArguments:
     """What to read, what to compute, where to write. The content depends on all but the last group."""
 
     images: list[str] = field(
-        metadata={
-            "help": "A directory of images, a data set (saved, or a Hub id), or webdataset .tar files."
-        }
+        metadata={"help": "A directory of images, a data set (saved, or a Hub id), or webdataset .tar files."}
     )
     output: str = field(metadata={"help": "The region store to write; progress is kept in <output>.partial."})
     detector: str | None = field(
@@ -180,6 +178,11 @@ class GridFeatures:
             output_fmt="NCHW",
             intermediates_only=True,
         )
+        if min(cells.shape[-2:]) < self.grid:
+            height, width = cells.shape[-2:]
+            raise ValueError(
+                f"--grid {self.grid} is finer than this backbone's {height} x {width} feature map."
+            )
         pooled = F.adaptive_avg_pool2d(cells, self.grid)  # (B, F, g, g)
         features = pooled.flatten(2).transpose(1, 2).half().cpu().numpy()  # (B, g * g, F), row by row
         return [
