@@ -20,14 +20,6 @@ HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_o
 BOX_TOLERANCE = 1e-4
 
 
-class UC2ProcessorKwargs(ProcessingKwargs, total=False):
-    """Options of one call, beside the tokenizer's; defaults: the processor's attributes of the same name."""
-
-    max_regions: int
-    min_regions: int
-    region_threshold: float | int | None
-
-
 class UC2Processor(ProcessorMixin):
     """Couples an XLM-R tokenizer with region features.
 
@@ -52,7 +44,6 @@ class UC2Processor(ProcessorMixin):
     """
 
     text_kwargs = {"padding": True}
-    valid_processor_kwargs = UC2ProcessorKwargs
 
     def __init__(
         self,
@@ -79,20 +70,18 @@ class UC2Processor(ProcessorMixin):
         self.region_threshold = region_threshold
         self.feature_size = feature_size
 
-    def __call__(
-        self, text=None, text_pair=None, regions=None, **kwargs: Unpack[UC2ProcessorKwargs]
-    ) -> BatchFeature:
+    def __call__(self, text=None, regions=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
         """Encode one or many examples; one example gives a batch of 1.
 
         Args:
             text: a string or a list of them: `<s> text </s>`.
+            regions: a region item (see the class) or a list of them. Text only and regions only are valid.
             text_pair: as `text`, the other-language captions of VTLM: `<s> text </s><s> text_pair </s>`, the
                 positions of the second caption start again.
-            regions: a region item (see the class) or a list of them. Text only and regions only are both
-                valid.
-            kwargs: the tokenizer's options (`padding` (default True), `truncation`, `max_length`, ...: they
-                count text tokens), `return_tensors`, and `max_regions`, `min_regions`, `region_threshold`
-                for this call. Regions are padded to the longest of the batch unless `padding` is off.
+            max_regions, min_regions, region_threshold: for this call, in place of the processor's.
+            kwargs: `return_tensors` and the tokenizer's options: `padding` (default True), `truncation`,
+                `max_length` and so on; lengths count text tokens. Regions are padded to the longest of the
+                batch unless `padding` is off.
 
         Returns:
             BatchFeature with input_ids, attention_mask (B, T), with `text_pair` also position_ids (B, T);
@@ -104,19 +93,21 @@ class UC2Processor(ProcessorMixin):
         """
         if kwargs.get("images") is not None:
             raise ValueError("UC2Processor takes detected regions, not images: pass regions=[...]")
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        text_options = options["text_kwargs"]
-        return_tensors = text_options.pop("return_tensors", None)
-        texts, pairs = _as_batch("text", text), _as_batch("text_pair", text_pair)
+        limits = {name: kwargs.pop(name, value) for name, value in self._region_limits().items()}
+        text_pair = kwargs.pop("text_pair", None)
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)[
+            "text_kwargs"
+        ]
+        return_tensors = options.pop("return_tensors", None)
+        texts, pairs = _as_batch("text", text), _as_batch("text_pair", options.pop("text_pair", text_pair))
         regions = _as_batch("regions", regions)
         _check_batch(texts, pairs, regions)
 
         data = {}
         if texts is not None:
-            data.update(self._encode_text(texts, pairs, text_options))
+            data.update(self._encode_text(texts, pairs, options))
         if regions is not None:
-            limits = {name: options[name] for name in self._region_limits()}
-            pad = text_options.get("padding") not in (False, None, "do_not_pad")
+            pad = options.get("padding") not in (False, None, "do_not_pad")
             data.update(self._encode_region_batch(regions, limits, pad))
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -301,11 +292,6 @@ class UC2Processor(ProcessorMixin):
         own = set(inspect.signature(cls.__init__).parameters) - set(cls.get_attributes())
         kwargs = {name: value for name, value in kwargs.items() if name not in own}
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-
-    @property
-    def model_input_names(self) -> list[str]:
-        """What a call with text and regions returns; `position_ids` joins with a `text_pair`."""
-        return super().model_input_names + REGION_INPUT_NAMES
 
 
 def _check_object_labels(object_labels) -> None:

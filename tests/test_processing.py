@@ -224,6 +224,7 @@ def test_bad_regions_give_one_sentence_with_the_example(processor, item, message
             {"text": ["a", "b"], "regions": [region()]},
             "numbers of examples differ: {'text': 2, 'regions': 1}",
         ),
+        ({"text": ["a"], "text_pair": [None]}, r"text_pair\[0\] is None, expected a string"),
         ({"text": ["a"], "text_pair": ["a", "b"]}, "numbers of examples differ"),
         ({"text_pair": ["a"], "regions": region()}, "text_pair needs text"),
         ({"text": "a", "text_pair": "b", "add_special_tokens": False}, "text_pair needs the special tokens"),
@@ -257,8 +258,7 @@ def test_decode_and_input_names(processor):
     ids = processor(SENTENCES[0])["input_ids"]
     assert processor.batch_decode(ids, skip_special_tokens=True) == [SENTENCES[0]]
     assert processor.decode(ids[0], skip_special_tokens=True) == SENTENCES[0]
-    full = processor(SENTENCES[0], regions=region())
-    assert processor.model_input_names == list(full)
+    assert processor.model_input_names == list(processor(SENTENCES[0]))
 
 
 @pytest.mark.parametrize("loader", [UC2Processor, AutoProcessor])
