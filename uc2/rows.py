@@ -203,13 +203,14 @@ def load_parallel_captions(files, *, languages=None, streaming: bool = False, sp
         files: one or several `.jsonl`, `.json` (both also `.gz`), `.parquet` or `.arrow` paths, directories
             saved by `datasets`, or Hub ids.
         languages: the languages that may occur; None admits every language.
-        streaming: give an `IterableDataset` that checks rows as they are read; otherwise all are checked now.
+        streaming: give an `IterableDataset` that checks rows as they are read (and unique ids per file only);
+            otherwise all are checked now.
         split: which split of a saved `DatasetDict` or Hub data set to read.
 
     Returns:
         `image_id` str, `captions` {language: str or None}, `alignment` {language: str or None}: links between
-        the units of the English caption and of the other one, in Pharaoh format. All rows have the same languages,
-        None where a caption is missing; streamed rows have only the languages present.
+        the units of the English caption and of the other one, in Pharaoh format. All rows have the same
+        languages, None where a caption is missing; streamed rows have only the languages present.
 
     Raises:
         DataError: at the first row that breaks the format.
@@ -282,11 +283,13 @@ def _stream(sources: list[str], kind_name: str, languages, split: str) -> datase
 def _convert(sources: list[str], kind_name: str, languages, split: str, features: dict) -> datasets.Dataset:
     """Checked rows in the `datasets` cache: memory-mapped, and reused while the sources do not change."""
     arguments = dict(
-        sources=sources,
+        # Tuples: `datasets` would take a list of files apart and read each by a generator of its own, which
+        # could not tell a question id that an earlier file has.
+        sources=tuple(sources),
         kind_name=kind_name,
         languages=_as_tuple(languages),
         split=split,
-        versions=[_version(source, split) for source in sources],
+        versions=tuple(_version(source, split) for source in sources),
         features=features,
     )
     try:
