@@ -1,5 +1,6 @@
 """PretrainingDataset: objectives, languages, distractors, targets and lengths on a six-language corpus."""
 
+import dataclasses
 import json
 import pickle
 from collections import Counter
@@ -8,13 +9,18 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
 from transformers import XLMRobertaTokenizer
 
 from modeling_uc2.configuration_uc2 import OBJECTIVES
 from processing_uc2 import UC2Processor
+from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError
 from uc2.pretraining_data import PretrainingDataset
+from uc2.region_store import RegionRow, RegionStore, write_region_store
+from uc2.sampling import EpochBatchSampler
 
 LANGUAGES = ("en", "de", "fr", "cs", "ja", "zh")
 CAPTIONS = {
@@ -310,6 +316,27 @@ def test_lengths_are_those_of_the_examples(make):
         example = dataset[key]
         expected = (len(example["input_ids"]), len(example["region_features"]))
         assert tuple(lengths[key]) == expected == dataset.length(int(key))
+
+
+def test_real_store_sampler_workers_and_collator(make, processor, store, rows, tmp_path):
+    """What the Trainer's loader gives, with and without worker processes."""
+    boxes = {key: row.normalized_boxes * np.float32([200, 100, 200, 100]) for key, row in store.items()}
+    fields = {key: vars(row) | {"boxes": boxes[key]} for key, row in store.items()}
+    names = [field.name for field in dataclasses.fields(RegionRow)]
+    rows_of_store = (RegionRow(**{name: values[name] for name in names}) for values in fields.values())
+    write_region_store(rows_of_store, tmp_path / "store")
+    mapped = PretrainingDataset(rows, RegionStore(tmp_path / "store"), processor, seed=3)
+    dataset = make()
+    sampler = EpochBatchSampler(dataset, seed=0, tokens_per_batch=300, multiple_of=2)
+    loaders = [
+        DataLoader(data, batch_sampler=sampler, collate_fn=UC2DataCollator(), num_workers=workers)
+        for data, workers in ((dataset, 0), (mapped, 2))
+    ]
+    for keys, batch, same in zip(sampler, *loaders, strict=True):
+        assert (batch["attention_mask"].sum(1).numpy() == dataset.lengths(np.array(keys))[:, 0]).all()
+        assert batch["input_ids"].shape[1] + batch["region_features"].shape[1] <= 300 / len(keys)
+        for name, value in batch.items():
+            torch.testing.assert_close(value, same[name], rtol=0, atol=1e-6)
 
 
 def test_long_captions_are_cut_each(make):

@@ -1,4 +1,4 @@
-"""EpochBatchSampler: coverage, determinism, constant length, padding waste, budgets; at a realistic size in numpy."""
+"""EpochBatchSampler: coverage, determinism, constant length, padding waste, token budgets."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from uc2.sampling import EpochBatchSampler, SetEpochCallback
 
 
 class Lengths:
-    """n examples with captions of 8 to 30 tokens, twice that for every eleventh key, and 10 to 100 regions."""
+    """Captions of 8 to 30 tokens, twice that for every eleventh key, and 10 to 100 regions."""
 
     def __init__(self, count: int, constant: tuple[int, int] | None = None):
         self.count, self.constant = count, constant

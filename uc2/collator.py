@@ -36,6 +36,7 @@ KEYS = {
     "itm_label": _Key("itm_labels", None, -100),
     "objective_id": _Key("objective_ids", None, -100),
     "language_id": _Key("language_ids", None, -100),
+    "example_id": _Key("example_ids", None, -100),
     "answer_targets": _Key("labels", "fixed", dtype=np.float32),
 }
 """Every key an example may have; the names on the left are the examples', `batch_name` is the batch's."""

@@ -4,6 +4,8 @@
 mixing the key with splitmix64 (Steele, Lea and Flood, 2014) takes nanoseconds and needs no state.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -18,9 +20,14 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 def hash_keys(seed: int, keys: np.ndarray, stream: int) -> np.ndarray:
     """(n,) uint64, independent between seeds, keys and streams. `keys` (n,) integers >= 0."""
+    return _mix(_start(seed, stream) + (np.asarray(keys).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+
+
+@lru_cache(maxsize=1024)
+def _start(seed: int, stream: int) -> np.ndarray:
+    """(1,) uint64 from which the keys of a seed and stream are counted."""
     start = _mix(np.array([seed], np.uint64) + _GOLDEN)
-    start = _mix(start + np.array([stream], np.uint64) * _GOLDEN)
-    return _mix(start + (np.asarray(keys).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    return _mix(start + np.array([stream], np.uint64) * _GOLDEN)
 
 
 def uniform(seed: int, keys: np.ndarray, stream: int) -> np.ndarray:

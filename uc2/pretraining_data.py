@@ -23,6 +23,9 @@ PAPER_MIX = {"itm": 9, "mlm": 12, "mrtm": 9, "vtlm": 3}
 PAIR_OBJECTIVES = ("vtlm", "tlm")
 REGION_OBJECTIVES = ("mrtm", "mrc", "mrc_kl", "mrfr")
 
+# Label of a special token, which is never predicted.
+_EDGE = np.array([IGNORE])
+
 
 class PretrainingDataset:
     """Examples of the pre-training objectives, one objective per example.
@@ -107,6 +110,10 @@ class PretrainingDataset:
         self._image_codes = image_codes
         self._distractors = Distractors(image_codes, self._texts.text_codes(), self._text_lengths > 0)
         tokenizer = processor.tokenizer
+        # Kept apart: the tokenizer looks up its special ids anew at every access, which is slow.
+        self._pad_token_id = tokenizer.pad_token_id
+        self._start_of_text = np.array([tokenizer.bos_token_id])
+        self._end_of_text = np.array([tokenizer.eos_token_id])
         self._replacements = {
             "mask_token_id": tokenizer.mask_token_id,
             "vocabulary": np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids),
@@ -253,12 +260,11 @@ class PretrainingDataset:
         labels = np.full(len(ids), IGNORE)
         if objective == "mlm":
             ids, labels = mask_tokens(ids, rng, probability=self.mlm_probability, **self._replacements)
-        tokenizer = self.processor.tokenizer
-        first = tokenizer.pad_token_id + 1
+        first = self._pad_token_id + 1
         return {
-            "input_ids": np.concatenate([[tokenizer.bos_token_id], ids, [tokenizer.eos_token_id]]),
+            "input_ids": np.concatenate([self._start_of_text, ids, self._end_of_text]),
             "position_ids": np.arange(first, first + len(ids) + 2),
-            "labels": np.concatenate([[IGNORE], labels, [IGNORE]]),
+            "labels": np.concatenate([_EDGE, labels, _EDGE]),
         }
 
     def _caption_pair(self, row: int, language: str, ids: np.ndarray, rng: np.random.Generator) -> dict:
@@ -274,8 +280,7 @@ class PretrainingDataset:
             **self._replacements,
         )
         input_ids, position_ids = self.processor.join_pair(pivot_ids, other_ids)
-        edge = [IGNORE]
-        labels = np.concatenate([edge, pivot_labels, edge, edge, other_labels, edge])
+        labels = np.concatenate([_EDGE, pivot_labels, _EDGE, _EDGE, other_labels, _EDGE])
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
     def _regions(self, objective: str, image_code: int, language: str, rng: np.random.Generator) -> dict:

@@ -33,7 +33,7 @@ class ObjectiveTable:
         packed = np.packbits(stacked.reshape(len(stacked), -1), axis=1)
         _, first, self._kinds = np.unique(_as_scalars(packed), return_index=True, return_inverse=True)
         self._served = stacked[first]  # (kinds, O, L)
-        weights = self._served.any(axis=2) * np.array([mix[objective] for objective in self.objectives], dtype=np.float64)
+        weights = self._served.any(axis=2) * np.array([float(mix[name]) for name in self.objectives])
         totals = weights.sum(axis=1, keepdims=True)
         self._shares = np.divide(weights, totals, out=np.zeros_like(weights), where=totals > 0)
         self._cumulative = self._shares.cumsum(axis=1)[:, :-1]  # the last bound is 1: never passed
@@ -66,7 +66,6 @@ def _as_scalars(packed: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1])))[:, 0]
 
 
-@dataclass(frozen=True)
 class Distractors:
     """Captions or images drawn to make mismatched pairs for ITM (section 3.3).
 
@@ -76,17 +75,13 @@ class Distractors:
         present: (n, L) bool, whether the caption exists.
     """
 
-    image_codes: np.ndarray
-    text_codes: np.ndarray
-    present: np.ndarray
-
-    def __post_init__(self):
-        languages, rows = np.nonzero(self.present.T)
-        starts = np.searchsorted(languages, np.arange(self.present.shape[1] + 1))
-        true_pairs = _pair_codes(self.text_codes[rows, languages], self.image_codes[rows])
-        object.__setattr__(self, "_rows_with", rows.astype(np.int32))
-        object.__setattr__(self, "_starts", starts)
-        object.__setattr__(self, "_true_pairs", np.sort(true_pairs))
+    def __init__(self, image_codes: np.ndarray, text_codes: np.ndarray, present: np.ndarray):
+        self._image_codes, self._text_codes = image_codes, text_codes
+        languages, rows = np.nonzero(present.T)
+        # The rows that have a caption, language after language; where each language starts.
+        self._rows_with = rows.astype(np.int32)
+        self._starts = np.searchsorted(languages, np.arange(present.shape[1] + 1))
+        self._true_pairs = np.sort(_pair_codes(text_codes[rows, languages], image_codes[rows]))
 
     def draw(
         self, seed: int, keys: np.ndarray, rows: np.ndarray, languages: np.ndarray
@@ -98,7 +93,7 @@ class Distractors:
 
         Returns: `text_rows (m,)`, `image_codes (m,)`, `found (m,)` bool.
         """
-        text_rows, image_codes = rows.copy(), self.image_codes[rows]
+        text_rows, image_codes = rows.copy(), self._image_codes[rows]
         found = np.zeros(len(keys), dtype=bool)
         replaces_image = uniform(seed, keys, SIDE) < 0.5
         pending = np.arange(len(keys))
@@ -107,7 +102,7 @@ class Distractors:
                 break
             candidates = self._candidates(seed, keys[pending], languages[pending], DISTRACTOR + attempt)
             texts = np.where(replaces_image[pending], rows[pending], candidates)
-            images = self.image_codes[np.where(replaces_image[pending], candidates, rows[pending])]
+            images = self._image_codes[np.where(replaces_image[pending], candidates, rows[pending])]
             good = ~self._match(texts, languages[pending], images)
             chosen = pending[good]
             text_rows[chosen], image_codes[chosen], found[chosen] = texts[good], images[good], True
@@ -122,7 +117,7 @@ class Distractors:
 
     def _match(self, text_rows: np.ndarray, languages: np.ndarray, image_codes: np.ndarray) -> np.ndarray:
         """(m,) bool: whether some row of the image has this caption text."""
-        codes = _pair_codes(self.text_codes[text_rows, languages], image_codes)
+        codes = _pair_codes(self._text_codes[text_rows, languages], image_codes)
         places = np.searchsorted(self._true_pairs, codes)
         return self._true_pairs[np.minimum(places, len(self._true_pairs) - 1)] == codes
 

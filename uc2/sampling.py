@@ -57,8 +57,9 @@ class EpochBatchSampler:
         self.seed, self.multiple_of, self.drop_last = seed, multiple_of, drop_last
         self.group_by_length, self.shuffle = group_by_length, shuffle
         self.epoch = 0
-        self._plans: dict[int, list[np.ndarray]] = {}
-        self._num_batches = self._count_batches()
+        batches = self._cut(0)
+        self._num_batches = self._count_batches(len(batches))
+        self._planned_epoch, self._planned = 0, self._arrange(0, batches)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -68,12 +69,13 @@ class EpochBatchSampler:
         return self._num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._plan(self.epoch):
+        if self._planned_epoch != self.epoch:
+            self._planned_epoch, self._planned = self.epoch, self._arrange(self.epoch, self._cut(self.epoch))
+        for batch in self._planned:
             yield batch.tolist()
 
-    def _count_batches(self) -> int:
-        """The number that epoch 0 needs, with room for epochs whose draws are longer, as a multiple."""
-        natural = len(self._cut(0))
+    def _count_batches(self, natural: float) -> int:
+        """The `natural` number of epoch 0 with room for epochs whose draws are longer, as a multiple."""
         if self._budget is not None:
             # Lengths vary with the draws: the number of batches has a relative spread of about 1/2 sqrt(n).
             natural *= 1.005 + 1.5 / np.sqrt(len(self._dataset))
@@ -83,17 +85,16 @@ class EpochBatchSampler:
         most = len(self._dataset) // self.multiple_of * self.multiple_of
         return min(max(count, self.multiple_of), most)
 
-    def _plan(self, epoch: int) -> list[np.ndarray]:
-        if epoch not in self._plans:
-            batches = _split_to(self._cut(epoch), self._num_batches)
-            rng = np.random.default_rng((self.seed, epoch, 1))
-            if self.shuffle:
-                batches = [batches[place] for place in rng.permutation(len(batches))]
-            if len(batches) > self._num_batches:
-                surplus = len(batches) - self._num_batches
-                logger.warning("epoch %d: %d of %d batches left out", epoch, surplus, len(batches))
-            self._plans = {epoch: batches[: self._num_batches]}
-        return self._plans[epoch]
+    def _arrange(self, epoch: int, batches: list[np.ndarray]) -> list[np.ndarray]:
+        """Bring the batches to their number, in random order if they are shuffled."""
+        batches = _split_to(batches, self._num_batches)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(batches))
+            batches = [batches[place] for place in order]
+        surplus = len(batches) - self._num_batches
+        if surplus and not self.drop_last:
+            logger.warning("epoch %d: %d of %d batches left out", epoch, surplus, len(batches))
+        return batches[: self._num_batches]
 
     def _cut(self, epoch: int) -> list[np.ndarray]:
         """The epoch's keys, ordered and cut into batches, as many as there are."""
