@@ -15,7 +15,8 @@ def shards(tmp_path) -> list[str]:
     for shard in range(3):
         path = tmp_path / f"part-{shard}.jsonl"
         rows = [
-            {"image_id": f"{shard}-{n}", "captions": {"en": f"Dog {n}.", "de": f"Hund {n}."}} for n in range(4)
+            {"image_id": f"{shard}-{n}", "captions": {"en": f"Dog {n}.", "de": f"Hund {n}."}}
+            for n in range(4)
         ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files.append(str(path))
@@ -52,7 +53,15 @@ def test_ray_gives_the_files_of_single_calls(shards, tmp_path, capsys):
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        arguments = ["translate", "--shards", *shards, "--output_dir", str(tmp_path / "ray"), "--concurrency", "2"]
+        arguments = [
+            "translate",
+            "--shards",
+            *shards,
+            "--output_dir",
+            str(tmp_path / "ray"),
+            "--concurrency",
+            "2",
+        ]
         for done in (0, 3):
             sharding.main([*arguments, "--", *ARGUMENTS])
             assert f"3 shards, {done} of them done before" in capsys.readouterr().out
@@ -61,4 +70,6 @@ def test_ray_gives_the_files_of_single_calls(shards, tmp_path, capsys):
     for task in sharding.shard_tasks("translate", shards, str(tmp_path / "single"), ARGUMENTS):
         sharding.run_task(task)
     for n in range(3):
-        assert (tmp_path / f"ray/part-{n}.jsonl").read_bytes() == (tmp_path / f"single/part-{n}.jsonl").read_bytes()
+        assert (tmp_path / f"ray/part-{n}.jsonl").read_bytes() == (
+            tmp_path / f"single/part-{n}.jsonl"
+        ).read_bytes()

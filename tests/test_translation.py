@@ -52,7 +52,11 @@ def spm_file(tmp_path_factory) -> Path:
     """A SentencePiece model of at most 120 pieces trained on the captions."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS), model_writer=model, vocab_size=120, hard_vocab_limit=False, minloglevel=2
+        sentence_iterator=iter(CAPTIONS),
+        model_writer=model,
+        vocab_size=120,
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     path = tmp_path_factory.mktemp("spm") / "source.spm"
     path.write_bytes(model.getvalue())
@@ -264,12 +268,28 @@ def run(*arguments) -> None:
     translation.main([str(argument) for argument in arguments])
 
 
-def test_every_distinct_caption_is_translated_once_and_existing_ones_stay(dictionary, captions_file, tmp_path):
+def test_every_distinct_caption_is_translated_once_and_existing_ones_stay(
+    dictionary, captions_file, tmp_path
+):
     out = tmp_path / "out.jsonl"
-    run("--input", captions_file, "--output", out, "--languages", "de", "fr", "--model", "m", "--unit_size", 15)
+    run(
+        "--input",
+        captions_file,
+        "--output",
+        out,
+        "--languages",
+        "de",
+        "fr",
+        "--model",
+        "m",
+        "--unit_size",
+        15,
+    )
     rows = read_rows(out)
     assert [row["image_id"] for row in rows] == [f"i{n}" for n in range(60)]
-    assert rows[0]["captions"]["de"] == "Ein Hund sieht den Baum." and rows[0]["alignment"] == {"de": "0-0 1-1"}
+    assert rows[0]["captions"]["de"] == "Ein Hund sieht den Baum." and rows[0]["alignment"] == {
+        "de": "0-0 1-1"
+    }
     for n, row in enumerate(rows[1:], 1):
         expected = {"de": f"DE {CAPTIONS[n % 40][::-1]}", "fr": f"FR {CAPTIONS[n % 40][::-1]}"}
         assert row["captions"] == {"en": CAPTIONS[n % 40]} | expected and "alignment" not in row
@@ -303,7 +323,16 @@ def test_rejected_translations_are_left_out_and_listed(monkeypatch, captions_fil
 
 
 def test_finished_work_is_not_done_again_and_other_options_are_refused(dictionary, captions_file, tmp_path):
-    arguments = ["--input", captions_file, "--output", tmp_path / "out.jsonl", "--languages", "de", "--model", "m"]
+    arguments = [
+        "--input",
+        captions_file,
+        "--output",
+        tmp_path / "out.jsonl",
+        "--languages",
+        "de",
+        "--model",
+        "m",
+    ]
     run(*arguments)
     calls = len(dictionary.calls)
     run(*arguments)
@@ -342,9 +371,14 @@ def test_text_files_of_parallel_lines_are_joined(tmp_path):
 
 
 def test_existing_translations_in_every_layout_and_the_rest_by_a_model(dictionary, tmp_path):
-    rows = [{"image_id": i, "captions": {"en": t}} for i, t in [("a", "A dog."), ("a", "One dog."), ("b", "A cat.")]]
+    rows = [
+        {"image_id": i, "captions": {"en": t}}
+        for i, t in [("a", "A dog."), ("a", "One dog."), ("b", "A cat.")]
+    ]
     source = write_rows(tmp_path / "in.jsonl", rows)
-    (tmp_path / "de.txt").write_text("Ein Hund.\nDer Hund.\nEine Katze.\n")  # line by line, ids from the source
+    (tmp_path / "de.txt").write_text(
+        "Ein Hund.\nDer Hund.\nEine Katze.\n"
+    )  # line by line, ids from the source
     (tmp_path / "fr.tsv").write_text("caption\turl\timage_id\nUn chat.\tx\tb\nUn chien.\ty\ta\n")
     ja = [{"image": "a", "caption": {"ja": "犬", "en": "ignored"}}, {"image": "b", "caption": "猫がいます"}]
     ja_file = write_rows(tmp_path / "ja.json", ja)
@@ -371,7 +405,11 @@ def test_caption_rows_and_named_fields(tmp_path):
     [
         ("a.tsv", "x\ty\nz\n", "row 2: found 1 columns, expected the 2 columns"),
         ("a.txt", "A dog.\n", "captions without image ids"),
-        ("a.jsonl", '{"picture": 1}\n', "row 1: found the fields picture, expected one of the fields image_id"),
+        (
+            "a.jsonl",
+            '{"picture": 1}\n',
+            "row 1: found the fields picture, expected one of the fields image_id",
+        ),
         ("a.jsonl", '{"image": "a", "caption": ""}\n', "field 'en': found '', expected a non-empty caption"),
     ],
 )

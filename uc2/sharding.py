@@ -59,7 +59,9 @@ def run_task(task: dict) -> dict:
     return {"output": task["output"], "was_done": done}
 
 
-def map_shards(tasks: Sequence[dict], *, concurrency: int, num_cpus: float = 1, num_gpus: float = 0) -> list[dict]:
+def map_shards(
+    tasks: Sequence[dict], *, concurrency: int, num_cpus: float = 1, num_gpus: float = 0
+) -> list[dict]:
     """`run_task` over all tasks with Ray Data; results in the order of the tasks.
 
     Args:
@@ -79,7 +81,9 @@ def map_shards(tasks: Sequence[dict], *, concurrency: int, num_cpus: float = 1, 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m uc2.sharding", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=SHARDED_COMMANDS)
-    parser.add_argument("--shards", nargs="+", required=True, help="input files or directories, one task each")
+    parser.add_argument(
+        "--shards", nargs="+", required=True, help="input files or directories, one task each"
+    )
     parser.add_argument("--output_dir", required=True, help="gets one output per shard")
     parser.add_argument("--concurrency", type=int, default=1, help="shards at a time")
     parser.add_argument("--num_cpus", type=float, default=1, help="cores reserved per shard")

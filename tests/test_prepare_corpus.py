@@ -1,0 +1,46 @@
+"""The command line of `prepare_corpus.py`: it finds the command and hands the rest on."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import prepare_corpus
+
+SCRIPT = Path(prepare_corpus.__file__)
+
+
+@pytest.mark.parametrize("command", prepare_corpus.COMMANDS)
+def test_each_command_reaches_its_module_with_its_arguments(command, monkeypatch):
+    module, received = types.ModuleType("stub"), []
+    module.main = received.append
+    monkeypatch.setitem(sys.modules, prepare_corpus.COMMANDS[command][0], module)
+    prepare_corpus.main([command, "config.yaml", "--output", "x", "--help"])
+    assert received == [["config.yaml", "--output", "x", "--help"]]
+
+
+@pytest.mark.parametrize("command", prepare_corpus.COMMANDS)
+def test_each_command_is_there_and_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        prepare_corpus.main([command, "--help"])
+    assert exit_.value.code == 0 and "--output" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        prepare_corpus.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"{name} " in shown and text in shown for name, (_, text) in prepare_corpus.COMMANDS.items())
+
+
+def test_unknown_command_names_the_choices(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        prepare_corpus.main(["dance"])
+    assert exit_.value.code == 2 and "translate" in capsys.readouterr().err
+
+
+def test_nothing_heavy_is_imported_before_a_command_is_chosen():
+    code = "import sys, prepare_corpus; assert not {'torch', 'transformers', 'uc2'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=True)
