@@ -135,6 +135,17 @@ def test_several_stores_are_one(tmp_path):
     )
     fails(lambda: RegionStore([first, wide]), str(wide), "width 9", "5")
     fails(lambda: RegionStore([first, first]), "'image_id'", "'image0'")
+    more = write_region_store([make_row(30, probs=True)], tmp_path / "d")
+    assert RegionStore(more).num_classes == CLASSES and RegionStore([first, more]).num_classes is None
+    other = replace(make_row(31), class_probs=np.zeros((len(make_row(31).boxes), 9)))
+    write_region_store([other], tmp_path / "e")
+    fails(lambda: RegionStore([more, tmp_path / "e"]), "7 and 9 classes")
+
+
+def test_a_directory_of_stores_is_one(tmp_path):
+    for part in range(2):
+        write_region_store(ROWS[part::2], tmp_path / "parts" / f"{part}")
+    assert sorted(RegionStore(tmp_path / "parts")) == [row.image_id for row in ROWS]
 
 
 def _read(store: RegionStore, image_id: str) -> list:
@@ -365,8 +376,11 @@ def test_tables_of_others_are_converted_once(tmp_path, caplog, write, large):
 def test_changed_tables_are_converted_again(tmp_path):
     source = as_parquet(pa.table(columns()), tmp_path)
     assert len(RegionStore(source)) == 10
+    killed = tmp_path / ".regions.parquet.region_store.abc.tmp"
+    killed.mkdir()
     pq.write_table(pa.table(columns(ROWS[:3])), source)
     assert len(RegionStore(source)) == 3
+    assert not killed.exists()
 
 
 @pytest.mark.parametrize(

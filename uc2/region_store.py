@@ -21,7 +21,7 @@ import pyarrow as pa
 from uc2.arrow_files import arrow_batches
 from uc2.data_error import DataError, Found
 from uc2.region_rows import RegionRow, check_region_row
-from uc2.region_tables import as_store
+from uc2.region_tables import as_stores
 from uc2.region_writer import MANIFEST, read_manifest, write_region_store
 
 __all__ = ["DataError", "RegionRow", "RegionStore", "write_region_store"]
@@ -129,9 +129,18 @@ class _Index:
                 )
             for shard in manifest["shards"]:
                 self._add_shard(directory / shard["file"], shard, manifest)
-        classes = {manifest["num_classes"] for manifest in manifests}
-        # Probabilities count only if every image has them, all over the same classes.
-        self.num_classes = classes.pop() if len(classes) == 1 else None
+        self.num_classes = self._shared_classes(
+            directories, [manifest["num_classes"] for manifest in manifests]
+        )
+
+    @staticmethod
+    def _shared_classes(directories: Sequence[Path], classes: Sequence[int | None]) -> int | None:
+        """K if every image has class probabilities; None if some have none."""
+        known = {count for count in classes if count is not None}
+        if len(known) > 1:
+            found = Found(f"{' and '.join(map(str, sorted(known)))} classes")
+            raise DataError(file=directories[0], found=found, expected="equally many in all stores")
+        return known.pop() if known and None not in classes else None
 
     def _add_shard(self, file: Path, shard: dict, manifest: dict) -> None:
         size = file.stat().st_size if file.is_file() else None
@@ -183,8 +192,9 @@ class RegionStore(Mapping[str, RegionRow]):
     files themselves.
 
     Args:
-        paths: one or several stores written by `write_region_store`; or Parquet or Arrow files with the same
-            columns (a file or a directory of them), which are converted once into a store beside them.
+        paths: one or several stores written by `write_region_store`, or directories of stores; or Parquet or
+            Arrow files with the same columns (a file or a directory of them), which are converted once into a
+            store beside them.
 
     Raises:
         DataError: a file is missing, truncated or not in the format, or an image id occurs twice.
@@ -194,7 +204,7 @@ class RegionStore(Mapping[str, RegionRow]):
         several = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         if not several:
             raise DataError(found=Found("no path"), expected="the path of a region store")
-        self.paths = [as_store(Path(path)) for path in several]
+        self.paths = [store for path in several for store in as_stores(Path(path))]
         _ = self._index  # check now, not at the first read
 
     @cached_property

@@ -1,6 +1,7 @@
 """Parquet and Arrow files with the columns of a region store: converted once into a store."""
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,10 +18,16 @@ from uc2.region_writer import CLASS_PROBS, MANIFEST, SCHEMA, read_manifest, writ
 logger = logging.getLogger(__name__)
 
 
-def as_store(path: Path) -> Path:
-    """`path` if it is a store; else the store made from the Parquet or Arrow file(s) there, up to date."""
+def as_stores(path: Path) -> list[Path]:
+    """`path` if it is a store; the stores in it; or the store made from Parquet or Arrow files there."""
     if (path / MANIFEST).is_file():
-        return path
+        return [path]
+    parts = [file.parent for file in sorted(path.glob(f"*/{MANIFEST}"))]
+    return parts or [_converted(path)]
+
+
+def _converted(path: Path) -> Path:
+    """The up-to-date store beside `path`, made now if it is not there."""
     files = _table_files(path)
     target = path.with_name(f"{path.name}.region_store")
     names = [str(file.relative_to(path.parent)) for file in files]
@@ -30,12 +37,19 @@ def as_store(path: Path) -> Path:
         # Of several processes that open the same files, one converts and the others wait for it.
         with FileLock(f"{target}.lock"):
             if not _is_current(target, made_from):
+                _remove_leftovers(target)
                 logger.warning(
                     "Converting %s once into the region store %s (%d files)", path, target, len(files)
                 )
                 rows = _table_rows(files)
                 write_region_store(rows, target, overwrite=True, source=path, made_from=made_from)
     return target
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Delete what a killed conversion left behind; called under the lock, so no other one is running."""
+    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def _table_files(path: Path) -> list[Path]:
