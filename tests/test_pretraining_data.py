@@ -207,6 +207,15 @@ def test_itm_distractors_never_truly_match(make, store, processor):
             assert not 10 <= number < 20
 
 
+def test_itm_distractor_captions_come_from_rows_that_have_the_language(make, processor):
+    parts = [caption_row(i, languages=("en", "de") if i < 3 else ("en",), aligned=()) for i in range(20)]
+    dataset = make(captions=datasets.Dataset.from_list(parts), **only("itm"), itm_negative_share=1.0)
+    for key in range(400):
+        example = dataset[key]
+        word = {"en": "meadow", "de": "Wiese"}[dataset.languages[example["language_id"]]]
+        assert word in texts_of(processor, example)[0] and example["itm_label"] == 0
+
+
 def test_itm_with_nothing_to_tell_apart_keeps_matching_pairs(make):
     parts = [caption_row(i) for i in range(3)]
     for part in parts:
@@ -363,6 +372,18 @@ def test_long_captions_are_cut_each(make):
 def test_bad_options_are_refused_at_construction(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_objectives_that_the_data_cannot_serve_say_what_they_need(make, processor, store, rows):
+    with pytest.raises(ValueError, match="'itm' has weight 1.*at least two images"):
+        make(captions=datasets.Dataset.from_list([caption_row(0), caption_row(0)]), **only("itm"))
+    without_probs = DictStore(store)
+    without_probs.num_classes = None
+    with pytest.raises(ValueError, match="'mrc_kl' has weight 1.*class probabilities"):
+        PretrainingDataset(rows, without_probs, processor, seed=0, **only("mrc_kl"))
+    unlabelled = UC2Processor(processor.tokenizer, feature_size=FEATURE_SIZE)
+    with pytest.raises(ValueError, match="'mrtm' needs object_labels"):
+        PretrainingDataset(rows, store, unlabelled, seed=0)
 
 
 def test_an_image_that_is_not_in_the_store_is_named(make, rows):
