@@ -232,10 +232,12 @@ class UC2RegionDetector(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d) and module.bias is None:  # the backbone's
             init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            # Small, so that a fresh detector proposes the anchors, hardly moved, and not boxes outside the image.
+            init.normal_(module.weight, std=0.001)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.01)
         elif isinstance(module, FrozenBatchNorm):
