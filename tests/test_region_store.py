@@ -148,6 +148,17 @@ def test_a_directory_of_stores_is_one(tmp_path):
     assert sorted(RegionStore(tmp_path / "parts")) == [row.image_id for row in ROWS]
 
 
+def _count(source: Path) -> int:
+    return len(RegionStore(source))
+
+
+def test_processes_that_open_the_same_tables_convert_them_once(tmp_path):
+    source = as_parquet(pa.table(columns()), tmp_path)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(_count, [source] * 4) == [10] * 4
+    assert RegionStore(source) != RegionStore(source)
+
+
 def _read(store: RegionStore, image_id: str) -> list:
     return store[image_id].features.tolist()
 

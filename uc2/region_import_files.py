@@ -12,6 +12,9 @@ from uc2.region_records import NAMES, Record
 from uc2.safe_decoding import DecodingError, loads_npz
 
 _KNOWN = {name for names in NAMES.values() for name in names}
+# Beside features in `<id>.npy`, the other arrays of the image: `<id>_boxes.npy`, `<id>_class_ids.npy`, …
+_SIDE_FIELDS = sorted(_KNOWN - {"features", "x"})
+_SIDE_ENDINGS = tuple(f"_{name}" for name in _SIDE_FIELDS)
 
 
 def read_volta_h5(files: Sequence[str | os.PathLike]) -> Iterator[Record]:
@@ -52,11 +55,6 @@ def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
             file=", ".join(map(str, paths)), found=Found("no file"), expected="an .npz or .npy per image"
         )
     return files
-
-
-# Beside features in `<id>.npy`, the other arrays of the image: `<id>_boxes.npy`, `<id>_class_ids.npy`, …
-_SIDE_FIELDS = sorted(_KNOWN - {"features", "x"})
-_SIDE_ENDINGS = tuple(f"_{name}" for name in _SIDE_FIELDS)
 
 
 def read_image_files(paths: Sequence[str | os.PathLike]) -> Iterator[Record]:

@@ -1,7 +1,5 @@
 """LMDB databases of regions: UNITER's and UC2's (msgpack or `.npz` values), VOLTA's and IGLUE's (pickles)."""
 
-import base64
-import binascii
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from uc2.data_error import DataError, Found
+from uc2.region_cells import decode_cells
 from uc2.region_records import NAMES, Record
 from uc2.safe_decoding import DecodingError, loads_msgpack, loads_npz, loads_pickle
 
@@ -44,8 +41,7 @@ def read_volta_lmdb(paths: Sequence[str | os.PathLike]) -> Iterator[Record]:
     for path in map(Path, paths):
         for number, key, content in _entries(path):
             values = _decode(loads_pickle, content, path, number)
-            record = Record(key, values, str(path), number)
-            yield Record(key, dict(_volta_values(record)), str(path), number)
+            yield decode_cells(Record(key, values, str(path), number))
 
 
 def _entries(path: Path) -> Iterator[tuple[int, str, bytes]]:
@@ -55,7 +51,14 @@ def _entries(path: Path) -> Iterator[tuple[int, str, bytes]]:
         for key, content in transaction.cursor():
             if key not in _KEY_LISTS:
                 number += 1
-                yield number, key.decode("utf-8", "replace"), content
+                yield number, _key_text(key, path, number), content
+
+
+def _key_text(key: bytes, path: Path, number: int) -> str:
+    try:
+        return key.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(file=path, row=number, field="image_id", found=key, expected="UTF-8 text") from error
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def _decode(decoder, content: bytes, path: Path, number: int) -> Mapping[str, An
 def _counts_beside(path: Path) -> Path | None:
     name = path.name.removesuffix("_compressed")
     file = path.parent / f"nbb{name.removeprefix('feat')}.json"
-    return file if name.startswith("feat") and file.is_file() else None
+    return file if name.startswith("feat_") and file.is_file() else None
 
 
 def _read_counts(file: Path) -> dict[str, int]:
@@ -124,38 +127,3 @@ def _keep_first(record: Record, count: Any, file: Path) -> Record:
     names = [name for ours in _PER_REGION for name in NAMES[ours] if name in record.values]
     cut = {name: record.values[name][:count] for name in names}
     return Record(record.key, {**record.values, **cut}, record.file, record.number)
-
-
-def _volta_values(record: Record) -> Iterator[tuple[str, Any]]:
-    """The fields that regions need, decoded: VOLTA keeps the cells of a TSV line, or arrays."""
-    count = None
-    for ours in ("boxes", "features", "class_ids", "class_scores", "class_probs"):
-        name = next((name for name in NAMES[ours] if record.values.get(name) is not None), None)
-        if name is None:
-            continue
-        array = _volta_array(record, ours, record.values[name])
-        if ours == "boxes":
-            array = _reshape(record, ours, array, (-1, 4))
-            count = len(array)
-        elif ours in ("features", "class_probs"):
-            array = _reshape(record, ours, array, (count or -1, -1)) if count else array
-        yield name, array
-    for ours in ("image_height", "image_width"):
-        yield NAMES[ours][0], record.require(ours)
-
-
-def _volta_array(record: Record, ours: str, value: Any) -> np.ndarray:
-    if isinstance(value, np.ndarray):
-        return value
-    try:
-        content = base64.b64decode(value, validate=True)
-        return np.frombuffer(content, "<i8" if ours == "class_ids" else "<f4")
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise record.fail(ours, f"{error}", "an array, in base64 or as it is") from error
-
-
-def _reshape(record: Record, ours: str, array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    try:
-        return array.reshape(shape)
-    except ValueError as error:
-        raise record.fail(ours, f"{array.size} numbers", f"as many per box as {shape} has") from error

@@ -1,7 +1,6 @@
 """Bottom-up-attention TSV files: one image a line, arrays in base64. Reading and writing."""
 
 import base64
-import binascii
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from uc2.atomic_files import atomic_file
 from uc2.data_error import DataError, Found
+from uc2.region_cells import decode_cells
 from uc2.region_records import Record
 from uc2.region_store import RegionStore
 
@@ -27,12 +27,6 @@ _KNOWN_COLUMNS = {
         LXMERT_COLUMNS,
         (*LXMERT_COLUMNS, "cls_prob", "attrs", "classes"),
     )
-}
-# Bytes per number decide the type: the ids are int64 in most files, the rest float32.
-_NUMBERS = {
-    "objects_id": {8: "<i8", 4: "<i4"},
-    "boxes": {16: "<f4", 32: "<f8"},
-    "objects_conf": {4: "<f4", 8: "<f8"},
 }
 
 
@@ -71,54 +65,13 @@ def _record(cells: Sequence[bytes], columns: Sequence[str], file: str, number: i
         found, expected = Found(f"{len(cells)} columns"), f"{len(columns)} ({', '.join(columns)})"
         raise DataError(file=file, row=number, found=found, expected=expected)
     try:
-        texts = {
-            name: cell.decode("ascii" if len(cell) > 1000 else "utf-8")
-            for name, cell in zip(columns, cells, strict=True)
-        }
+        values = {name: cell.decode("utf-8") for name, cell in zip(columns, cells, strict=True)}
     except UnicodeDecodeError as error:
         raise DataError(file=file, row=number, found=Found(str(error)), expected="UTF-8 text") from error
-    values = {}
-    count = _count(texts.get("num_boxes"), file, number)
-    for name, text in texts.items():
-        if name in ("boxes", "features", "cls_prob", "objects_id", "objects_conf"):
-            values[name] = _decode(name, text, count, file, number)
-        elif name in ("img_h", "img_w", "image_h", "image_w"):
-            values[name] = text
-    key = texts.get("img_id", texts.get("image_id"))
+    key = values.get("img_id", values.get("image_id"))
     if not key:
         raise DataError(file=file, row=number, field="image_id", found=key, expected="a non-empty string")
-    return Record(key, values, file, number)
-
-
-def _count(text: str | None, file: str, number: int) -> int:
-    if text is None or not text.isdecimal() or int(text) == 0:
-        raise DataError(
-            file=file, row=number, field="num_boxes", found=text, expected="a positive whole number"
-        )
-    return int(text)
-
-
-def _decode(name: str, text: str, count: int, file: str, number: int) -> np.ndarray:
-    """The array of a cell: (count,) or (count, width)."""
-    try:
-        content = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        found = Found(f"malformed base64 ({error})")
-        raise DataError(file=file, row=number, field=name, found=found, expected="a base64 array") from error
-    per_box = len(content) / count
-    dtype = (
-        _NUMBERS.get(name, {}).get(per_box)
-        if name in _NUMBERS
-        else "<f4"
-        if per_box and per_box % 4 == 0
-        else None
-    )
-    if dtype is None:
-        sizes = " or ".join(map(str, _NUMBERS[name])) if name in _NUMBERS else "a multiple of 4"
-        found, expected = Found(f"{len(content)} bytes for {count} boxes"), f"{sizes} bytes per box"
-        raise DataError(file=file, row=number, field=name, found=found, expected=expected)
-    values = np.frombuffer(content, dtype)
-    return values if name.startswith("objects") else values.reshape(count, -1)
+    return decode_cells(Record(key, values, file, number))
 
 
 def write_tsv(store: RegionStore, path: str | os.PathLike) -> Path:

@@ -22,7 +22,7 @@ from uc2.arrow_files import arrow_batches
 from uc2.data_error import DataError, Found
 from uc2.region_rows import RegionRow, check_region_row
 from uc2.region_tables import as_stores
-from uc2.region_writer import MANIFEST, read_manifest, write_region_store
+from uc2.region_writer import CLASS_PROBS, MANIFEST, SCHEMA, read_manifest, write_region_store
 
 __all__ = ["DataError", "RegionRow", "RegionStore", "write_region_store"]
 
@@ -35,6 +35,12 @@ class _Batch:
     ):
         self.file, self.first_row = file, first_row
         self.feature_size, self.num_classes = feature_size, num_classes
+        schema = SCHEMA if num_classes is None else SCHEMA.append(CLASS_PROBS)
+        if not batch.schema.equals(schema):
+            found = Found(
+                f"the columns {', '.join(f'{field.name} ({field.type})' for field in batch.schema)}"
+            )
+            raise DataError(file=file, found=found, expected="the columns of a region store")
         for name in batch.schema.names:
             if batch.column(name).null_count:
                 raise DataError(
@@ -45,13 +51,13 @@ class _Batch:
         boxes = batch.column("boxes")
         self.offsets = boxes.offsets.to_numpy()  # row i's regions: offsets[i] to offsets[i + 1]
         self.boxes = boxes.values.values.to_numpy().reshape(-1, 4)
+        self._check_increasing(self.offsets, len(self.boxes), "boxes")
         self.class_ids = self._region_values(batch, "class_ids")
         self.class_scores = self._region_values(batch, "class_scores")
         self.features = self._half_matrix(batch, "features", feature_size)
         self.class_probs = (
             None if num_classes is None else self._half_matrix(batch, "class_probs", num_classes)
         )
-        self._check_increasing(self.offsets, len(self.boxes), "boxes")
         if (self.counts < 1).any() or (self.heights < 1).any() or (self.widths < 1).any():
             raise DataError(
                 file=file, found=Found("images without boxes or size"), expected="boxes in every image"
@@ -156,7 +162,9 @@ class _Index:
                     _Batch(batch, file, first_row, manifest["feature_size"], manifest["num_classes"]), batch
                 )
                 first_row += batch.num_rows
-        except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+        except DataError:
+            raise
+        except (pa.ArrowException, OSError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 file=file, found=Found(f"an unreadable shard ({error})"), expected="a shard of a store"
             ) from error
@@ -213,6 +221,10 @@ class RegionStore(Mapping[str, RegionRow]):
 
     def __getstate__(self) -> dict:
         return {"paths": self.paths}
+
+    # By identity: a mapping would compare all rows, reading every feature of both stores.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __getitem__(self, image_id: str) -> RegionRow:
         batch, position = self._index.locate(image_id)
