@@ -1,0 +1,76 @@
+"""What a VQA run leaves behind: the table (paper Table 2), results as JSON and CSV, the submission file."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from uc2.atomic_files import atomic_file
+
+METRICS = {"vqa_score": "VQA score", "accuracy": "accuracy", "bleu": "BLEU"}
+
+
+def format_table(results: Mapping) -> str:
+    """Markdown, in per cent: a row per data set and language, a column per metric and answer type.
+
+    The last column is the best score of one answer given to every question, blind to question and image.
+    """
+    types = list(dict.fromkeys(kind for *_, row in _rows(results) for kind in row["answer_types"]))
+    titles = ["questions", *METRICS.values(), *types, "best constant answer"]
+    lines = ["| data set | language | " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(titles)]
+    for name, language, row in _rows(results):
+        cells = [f"{row['questions']:,}", *(f"{row[metric]:.1f}" for metric in METRICS)]
+        for kind in types:
+            scores = row["answer_types"].get(kind)
+            cells.append("" if scores is None else f"{scores['vqa_score']:.1f}")
+        cells.append(f"{row['constant_vqa_score']:.1f} ({row['constant_answer']})")
+        lines.append(f"| {name} | {language} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_results(folder: str | os.PathLike, results: Mapping) -> None:
+    """`results.json`, `results.csv` (a row per data set, language, answer type and metric), `table.md`."""
+    folder = Path(folder)
+    with atomic_file(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+    with (
+        atomic_file(folder / "results.csv") as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(("dataset", "language", "answer_type", "metric", "value"))
+        for name, language, row in _rows(results):
+            for kind, scores in {"all": row, **row["answer_types"]}.items():
+                known = [metric for metric in METRICS if metric in scores]
+                writer.writerows((name, language, kind, metric, scores[metric]) for metric in known)
+    with atomic_file(folder / "table.md") as temporary:
+        temporary.write_text(format_table(results) + "\n", encoding="utf-8")
+
+
+def write_submission(
+    path: str | os.PathLike, question_ids: Sequence[str], predictions: Sequence[str]
+) -> None:
+    """The official format: `[{"question_id": 262148000, "answer": "yes"}, …]`; ids of digits are numbers."""
+    rows = [
+        {"question_id": int(name) if name.isascii() and name.isdigit() else name, "answer": answer}
+        for name, answer in zip(question_ids, predictions, strict=True)
+    ]
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+
+
+def card_results(results: Mapping) -> list[dict]:
+    """Every score as an entry of the card's model-index."""
+    task = {"task": "visual question answering"}
+    return [
+        {**task, "dataset": name, "language": language, "metric": title, "value": row[metric]}
+        for name, language, row in _rows(results)
+        for metric, title in METRICS.items()
+    ]
+
+
+def _rows(results: Mapping) -> Iterator[tuple[str, str, Mapping]]:
+    for name, languages in results["datasets"].items():
+        for language, row in languages.items():
+            yield name, language, row
