@@ -331,11 +331,11 @@ def _as_tuple(languages: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if languages is None else tuple(languages)
 
 
-def check_images_in_store(dataset: datasets.Dataset, files, store) -> None:
+def check_images_in_store(dataset: datasets.Dataset, files, store, *, split: str = "train") -> None:
     """Every row's image must have regions: DataError for the first one whose `image_id` is not in `store`.
 
     Args:
-        dataset: rows as loaded from `files` (map-style, in file order).
+        dataset: rows as loaded from `files` and `split` (map-style, in file order).
         files: named in the error.
         store: any container of image ids, such as a `RegionStore`.
     """
@@ -344,7 +344,7 @@ def check_images_in_store(dataset: datasets.Dataset, files, store) -> None:
     for batch in dataset.select_columns("image_id").iter(batch_size=10_000):
         for image_id in batch["image_id"]:
             if image_id not in store:
-                source, row = _locate(sources, position)
+                source, row = _locate(sources, split, position)
                 raise DataError(
                     file=source,
                     row=row,
@@ -355,9 +355,9 @@ def check_images_in_store(dataset: datasets.Dataset, files, store) -> None:
             position += 1
 
 
-def _locate(sources: list[str], position: int) -> tuple[str, int]:
+def _locate(sources: list[str], split: str, position: int) -> tuple[str, int]:
     """File and row number of the loaded row at `position`; re-read, since blank lines make the two differ."""
-    numbered = ((source, number) for source in sources for number, _ in numbered_rows(source, "train"))
+    numbered = ((source, number) for source in sources for number, _ in numbered_rows(source, split))
     return next(itertools.islice(numbered, position, None))
 
 
