@@ -95,9 +95,8 @@ class UC2Processor(ProcessorMixin):
             raise ValueError("UC2Processor takes detected regions, not images: pass regions=[...]")
         limits = {name: kwargs.pop(name, value) for name, value in self._region_limits().items()}
         text_pair = kwargs.pop("text_pair", None)
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)[
-            "text_kwargs"
-        ]
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options = merged["text_kwargs"]
         return_tensors = options.pop("return_tensors", None)
         texts, pairs = _as_batch("text", text), _as_batch("text_pair", options.pop("text_pair", text_pair))
         regions = _as_batch("regions", regions)
