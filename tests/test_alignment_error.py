@@ -1,7 +1,7 @@
 """Alignment error rate of Fast Align on Multi30K captions aligned by hand, against a diagonal baseline.
 
-`fixtures/alignment/en-xx.jsonl` holds 20 pairs per language from Multi30K's validation split (`row` counts its
-lines from 1), with sure and possible links in Pharaoh format over whitespace words.
+`fixtures/alignment/en-xx.jsonl` holds 20 pairs per language from Multi30K's validation split (`row` counts
+its lines from 1), with sure and possible links in Pharaoh format over whitespace words.
 """
 
 import gzip
@@ -20,7 +20,7 @@ TRAINING_PAIRS = 5000
 
 
 def alignment_error_rate(found: list[set], sure: list[set], possible: list[set]) -> float:
-    """1 - (|A & S| + |A & P|) / (|A| + |S|), where the possible links P include the sure ones S (Och and Ney, 2003)."""
+    """1 - (|A & S| + |A & P|) / (|A| + |S|), with S the sure links, P all links (Och and Ney, 2003)."""
     right = sum(len(a & s) + len(a & (s | p)) for a, s, p in zip(found, sure, possible, strict=True))
     return 1 - right / (sum(map(len, found)) + sum(map(len, sure)))
 

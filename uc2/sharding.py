@@ -4,9 +4,9 @@
         --concurrency 64 --num_gpus 1 -- --languages de fr --model facebook/nllb-200-distilled-600M
 
 Each shard is one call of the command, `COMMAND --input SHARD --output OUTPUT_DIR/SHARD …`. The commands are
-restartable and write whole files, so a task that Ray repeats on another node goes on where the lost one was, and
-a second run of the same line does only what is missing. Ray Data rather than Spark: the commands are Python with
-models on GPUs, which Ray schedules as resources of a task, without a JVM beside them; nothing here shuffles.
+restartable and write whole files, so a task that Ray repeats on another node goes on where the lost one was,
+and a second run of the same line does only what is missing. Ray Data rather than Spark: the commands are
+Python with models on GPUs, which Ray schedules as resources of a task, without a JVM; nothing here shuffles.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Translates captions and object labels with any transformers seq2seq model, or joins translations that exist.
+"""Translates captions and object labels with any transformers seq2seq model, or joins existing translations.
 
     python prepare_corpus.py translate --input captions.jsonl --output parallel.jsonl \\
         --languages de fr cs ja zh --model facebook/nllb-200-distilled-600M
 
-UC2 translated Conceptual Captions into five languages this way (paper, section 3.1). Killed at any moment and started
-again with the same options, it goes on; the result does not change by a byte (given the same number of threads, by
-which floating-point sums may differ). Several processes: `--num_processes` on one machine; `torchrun` or `accelerate
-launch` on many, with a work directory that all of them see.
+UC2 translated Conceptual Captions into five languages this way (paper, section 3.1). Killed at any moment and
+started again with the same options, it goes on; the result does not change by a byte (given the same number
+of threads, by which floating-point sums may differ). Several processes: `--num_processes` on one machine;
+`torchrun` or `accelerate launch` on many, with a work directory that all of them see.
 """
 
 import dataclasses
@@ -268,7 +268,7 @@ def _wait_until(condition) -> None:
 
 
 def translate_labels(args: TranslationArguments) -> None:
-    """Adds languages to object labels. A rejected name falls back to the source language's, and is reported."""
+    """Adds languages to object labels. For a rejected name the source language's is kept, and reported."""
     labels = load_object_labels(args.labels)
     names = labels[args.source_language]
     translators, fallbacks = Translators(args, _device(args)), {}

@@ -23,11 +23,12 @@ DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 # ISO 639-1 code -> NLLB code, mBART-50 code. Codes of other languages are passed as the model knows them.
 _NLLB = {
-    "ar": "arb_Arab", "bg": "bul_Cyrl", "cs": "ces_Latn", "da": "dan_Latn", "de": "deu_Latn", "el": "ell_Grek",
-    "en": "eng_Latn", "es": "spa_Latn", "fa": "pes_Arab", "fi": "fin_Latn", "fr": "fra_Latn", "he": "heb_Hebr",
-    "hi": "hin_Deva", "hu": "hun_Latn", "id": "ind_Latn", "it": "ita_Latn", "ja": "jpn_Jpan", "ko": "kor_Hang",
-    "nl": "nld_Latn", "no": "nob_Latn", "pl": "pol_Latn", "pt": "por_Latn", "ro": "ron_Latn", "ru": "rus_Cyrl",
-    "sk": "slk_Latn", "sv": "swe_Latn", "sw": "swh_Latn", "ta": "tam_Taml", "th": "tha_Thai", "tr": "tur_Latn",
+    "ar": "arb_Arab", "bg": "bul_Cyrl", "cs": "ces_Latn", "da": "dan_Latn", "de": "deu_Latn",
+    "el": "ell_Grek", "en": "eng_Latn", "es": "spa_Latn", "fa": "pes_Arab", "fi": "fin_Latn",
+    "fr": "fra_Latn", "he": "heb_Hebr", "hi": "hin_Deva", "hu": "hun_Latn", "id": "ind_Latn",
+    "it": "ita_Latn", "ja": "jpn_Jpan", "ko": "kor_Hang", "nl": "nld_Latn", "no": "nob_Latn",
+    "pl": "pol_Latn", "pt": "por_Latn", "ro": "ron_Latn", "ru": "rus_Cyrl", "sk": "slk_Latn",
+    "sv": "swe_Latn", "sw": "swh_Latn", "ta": "tam_Taml", "th": "tha_Thai", "tr": "tur_Latn",
     "uk": "ukr_Cyrl", "vi": "vie_Latn", "zh": "zho_Hans",
 }  # fmt: skip
 _MBART = {
@@ -81,10 +82,11 @@ class Throughput:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        seconds, cores = max(self.seconds, 1e-9), torch.get_num_threads()
+        cores = torch.get_num_threads()
+        core_seconds = cores * max(self.seconds, 1e-9)
         return (
-            f"{self.texts} texts in {self.seconds:.1f} s on {cores} core(s): {self.texts / seconds / cores:.2f} "
-            f"texts/s and {self.tokens / seconds / cores:.1f} generated tokens/s per core"
+            f"{self.texts} texts in {self.seconds:.1f} s on {cores} core(s), per core: "
+            f"{self.texts / core_seconds:.2f} texts/s, {self.tokens / core_seconds:.1f} generated tokens/s"
         )
 
 
@@ -98,8 +100,8 @@ class Translator:
         language_codes: {code: the model's own code} where the built-in table is wrong or lacks a language.
         prefix: text before every source text; "{language}" stands for the target language. For models that no
             family fits, such as T5 ("translate English to German: ").
-        dtype: float32, bfloat16, float16; or int8: linear layers with 8-bit weights, on CPU by torch's dynamic
-            quantization, on GPU by bitsandbytes.
+        dtype: float32, bfloat16, float16; or int8: linear layers with 8-bit weights, on CPU by torch's
+            dynamic quantization, on GPU by bitsandbytes.
         num_beams: beams of the search; 1 is greedy.
         batch_tokens: most source tokens of a batch, padding counted.
         max_source_tokens: longer source texts are cut.
@@ -153,9 +155,10 @@ class Translator:
         several = getattr(self.tokenizer, "supported_language_codes", [])  # of multi-target Marian models
         if not _FAMILIES[family].required and not several:
             return None
+        wanted, known = template.format(codes.get(language, language)), several[:20] or list(codes)
         raise ValueError(
-            f"{name} ({family}) has no token {template.format(codes.get(language, language))!r} for the language "
-            f"{language!r}; map it with language_codes. Known: {', '.join(several[:20]) or ', '.join(codes)}"
+            f"{name} ({family}) has no token {wanted!r} for the language {language!r}; map it with "
+            f"language_codes. Known: {', '.join(known)}"
         )
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
@@ -182,7 +185,7 @@ class Translator:
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, of at most `max_tokens` with padding (one text at least)."""
+    """Indices in batches of like lengths, longest first: at most `max_tokens` with padding, or one text."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:

@@ -25,7 +25,7 @@ class CaptionSource:
         beside: for text files without one, the source whose rows the lines go with, one by one.
         language: language of captions that do not say it.
         split: split of a saved `DatasetDict` or Hub data set.
-        image_field, caption_field: where rows keep them; None = the first of `IMAGE_FIELDS`, `CAPTION_FIELDS`.
+        image_field, caption_field: where rows keep them; None: `IMAGE_FIELDS`, `CAPTION_FIELDS`.
         tsv_columns: what the columns of TSV files are; "image_id" and "caption" must be among them.
     """
 
@@ -153,8 +153,8 @@ class ExistingTranslations:
     An image may have several captions: its k-th source caption gets its k-th translation.
 
     Args:
-        sources: {language: source}; rows that hold several languages (UC2's and CCLM's JSON files) count for each
-            of them, captions that do not name a language for the given one.
+        sources: {language: source}; rows that hold several languages (UC2's and CCLM's JSON files) count for
+            each of them, captions that do not name a language for the given one.
         database: an open SQLite database to write to.
     """
 

@@ -1,10 +1,10 @@
 """The work of translating a corpus, cut into units that survive a kill.
 
     work_dir/
-      settings.json              what the plan was made for
-      plan/rows.jsonl            the corpus, each row with the number of its source sentence
-      plan/units/de/00000.jsonl  sentences to translate into German, each once: {"sentence": 0, "text": "…"}
-      results/de/00000.jsonl     their translations: {"sentence": 0, "text": …, "translation": …, "rejected": …}
+      settings.json               what the plan was made for
+      plan/rows.jsonl             the corpus, each row with the number of its source sentence
+      plan/units/de/000000.jsonl  sentences to translate into German, each once: {"sentence": 0, "text": "…"}
+      results/de/000000.jsonl     the same rows with "translation" and "rejected" (a reason or null)
 
 The plan appears as a whole, each result file as a whole. A unit is always translated in the same batches, so
 neither kills nor the number of processes change a byte of the result.
