@@ -50,7 +50,9 @@ def folder(tmp_path_factory, tiny_corpus) -> Path:
     config = UC2Config(
         vocab_size=len(processor.tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=64, region_feature_size=12, num_region_classes=4,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     import torch
 
@@ -68,7 +70,7 @@ def flags(folder, tiny_corpus, output, **changes) -> list[str]:
         "eval_files": f"toy={folder / 'en.jsonl'}",
         "num_answers": 3,
         "output_dir": output,
-        "max_steps": 30,
+        "max_steps": 60,
         "learning_rate": 1e-2,
         "tokens_per_batch": 100,
         "logging_steps": 10,
@@ -87,7 +89,7 @@ def flags(folder, tiny_corpus, output, **changes) -> list[str]:
 def trained(folder, tiny_corpus) -> Path:
     from run_vqa import main
 
-    main(flags(folder, tiny_corpus, folder / "trained", eval_strategy="steps", eval_steps=10))
+    main(flags(folder, tiny_corpus, folder / "trained", eval_strategy="steps", eval_steps=20))
     return folder / "trained"
 
 
@@ -123,7 +125,7 @@ def test_model_folder_is_complete(trained, tiny_corpus):
     assert card.data.pipeline_tag == "visual-question-answering" and len(card.data.eval_results) == 3
     assert (trained / "curves.png").stat().st_size > 10_000
     history = json.load(open(trained / "trainer_state.json"))["log_history"]
-    assert [line["step"] for line in history if "eval_vqa_score" in line] == [10, 20, 30]
+    assert [line["step"] for line in history if "eval_vqa_score" in line] == [20, 40, 60]
 
 
 def test_a_fine_tuned_model_answers_without_training(folder, trained, tiny_corpus, tmp_path):
@@ -142,7 +144,7 @@ def test_one_head_for_two_languages(folder, tiny_corpus, tmp_path):
     from run_vqa import main
 
     files = [str(folder / f"{language}.jsonl") for language in QUESTIONS]
-    options = {"train_files": files, "eval_files": files, "answer_vocabulary": "shared", "max_steps": 40}
+    options = {"train_files": files, "eval_files": files, "answer_vocabulary": "shared", "max_steps": 80}
     results = main(flags(folder, tiny_corpus, tmp_path, **options))
     labels = list(UC2ForVQA.from_pretrained(tmp_path).config.id2label.values())
     assert len(labels) == 5 and set(labels[3:]) == {"黒", "二つ"}
@@ -155,7 +157,7 @@ def test_two_processes_give_the_same_metrics_as_one(folder, tiny_corpus, tmp_pat
 
     common = {"max_steps": 6, "logging_steps": 1, "learning_rate": 3e-3}
     alone = main(flags(folder, tiny_corpus, tmp_path / "one", gradient_accumulation_steps=2, **common))
-    script = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29673", "run_vqa.py"]
+    script = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run_vqa.py"]
     command = [
         sys.executable,
         *script,
@@ -243,3 +245,14 @@ def test_regions_of_another_width(folder, tiny_corpus, tmp_path):
     write_region_store((replace(row, features=row.features[:, :5]) for row in rows), tmp_path / "narrow")
     with pytest.raises(SystemExit, match="features of width 5, expected 12"):
         main(flags(folder, tiny_corpus, tmp_path / "out", region_stores=tmp_path / "narrow"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("vqa_*.yaml")), ids=lambda path: path.stem)
+def test_configurations_parse(path, monkeypatch):
+    from run_vqa import DataArguments, VQATrainingArguments
+    from uc2.arguments import parse
+
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    data, args = parse((DataArguments, VQATrainingArguments), [str(path), "--output_dir", "elsewhere"])
+    assert data.train_files and data.eval_files and args.output_dir == "elsewhere"
+    assert data.tokens_per_batch == 10_240 and args.weight_decay == 0.01
