@@ -39,6 +39,7 @@ from uc2.retrieval_report import (
 )
 from uc2.retrieval_training import HardNegativesCallback, RetrievalTrainer
 from uc2.scoring import PRECISIONS
+from uc2.visualization import training_curves
 
 logger = logging.get_logger(__name__)
 
@@ -295,7 +296,7 @@ def step_of(checkpoint: str) -> int:
 
 
 def report(trainer, results: dict, data, loss, scoring, args) -> None:
-    """The table on the screen; results, curve and model card in the output folder."""
+    """The table on the screen; results, curves and model card in the output folder."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if results:
@@ -304,6 +305,7 @@ def report(trainer, results: dict, data, loss, scoring, args) -> None:
         print(format_table(results))
     if trainer.train_dataset is None:
         return
+    training_curves(trainer.state.log_history, folder / "curves.png", metrics=["eval_meta_average"])
     write_model_card(
         folder,
         "retrieval",

@@ -113,12 +113,11 @@ def test_training_learns_to_retrieve_and_writes_everything(trained):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 7 + 1 and float(rows[-1]["value"]) == results["meta_average"]
     assert "| toys | de |" in (output / "table.md").read_text()
-    with Image.open(output / "recall.png") as image:
-        assert image.size[0] > 500
-    assert (
-        "meta_average" in (output / "README.md").read_text()
-        or "Meta-Ave" in (output / "README.md").read_text()
-    )
+    for name in ("recall_text_to_image", "recall_image_to_text", "curves"):
+        with Image.open(output / f"{name}.png") as image:
+            assert image.size[0] > 500
+    card = (output / "README.md").read_text()
+    assert "toys (de)" in card and "type: meta_average" in card
     assert not (output / "scoring").exists()
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_meta_average" in entry] == [60, 120]

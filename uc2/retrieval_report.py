@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from uc2.atomic_files import atomic_file
+from uc2.data_error import DataError, Found
 from uc2.retrieval import SearchHit, average_metrics, fold_indices, meta_average, recall_at_k, score_matrix
 from uc2.retrieval_data import RetrievalTestSet
 from uc2.scoring import save_scores
+from uc2.visualization import image_grid, recall_curves
 
 KS = (1, 5, 10)
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
@@ -92,7 +94,7 @@ def format_table(results: dict) -> str:
 
 
 def write_results(folder: str | os.PathLike, results: dict) -> None:
-    """`results.json`, `results.csv` (a row per data set, language and metric), `table.md`, `recall.png`."""
+    """`results.json`, `results.csv` (a row per data set, language, metric), `table.md`, `recall_*.png`."""
     folder = Path(folder)
     with atomic_file(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -107,49 +109,30 @@ def write_results(folder: str | os.PathLike, results: dict) -> None:
         writer.writerow(("", "", "meta_average", results["meta_average"]))
     with atomic_file(folder / "table.md") as temporary:
         temporary.write_text(format_table(results) + "\n", encoding="utf-8")
-    plot_recall(results, folder / "recall.png")
+    for direction in ("text_to_image", "image_to_text"):
+        plot_recall(results, folder / f"recall_{direction}.png", direction)
 
 
-def plot_recall(results: dict, path: str | os.PathLike) -> None:
-    """Recall@k over k, a panel per direction and a line per data set and language, with chance dotted."""
-    plt = _pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for panel, way, title in zip(
-        panels, ("text_to_image", "image_to_text"), ("text to image", "image to text"), strict=True
-    ):
-        for name, language, recalls in _rows(results["datasets"]):
-            line = panel.plot(
-                KS, [recalls[f"{way}_r{k}"] for k in KS], marker="o", label=f"{name} {language}"
-            )
-            chance = results["chance"][name][language]
-            panel.plot(KS, [chance[f"{way}_r{k}"] for k in KS], linestyle=":", color=line[0].get_color())
-        panel.set(title=title, xlabel="k", xticks=KS, ylim=(0, 100))
-    panels[0].set_ylabel("Recall@k in % (dotted: chance)")
-    panels[1].legend(fontsize="small")
-    _save_figure(plt, figure, path)
+def plot_recall(results: dict, path: str | os.PathLike, direction: str) -> None:
+    """Recall@k over k, a line per data set and language, and chance; `direction`: which metric's prefix."""
+    curves = {
+        f"{name} {language}": {k: recalls[f"{direction}_r{k}"] for k in KS}
+        for name, language, recalls in _rows(results["datasets"])
+    }
+    chance = average_metrics([recalls for *_, recalls in _rows(results["chance"])])
+    chance = {k: chance[f"{direction}_r{k}"] for k in KS}
+    recall_curves(curves, path, chance=chance, title=direction.replace("_", " "))
 
 
 def save_search_grid(hits: Sequence[SearchHit], image_dir: str | os.PathLike, title: str, path) -> None:
     """The found images side by side, with rank, id and probability.
 
     Raises:
-        FileNotFoundError: if a found image is not in `image_dir` as `<image id>.jpg`, `.jpeg` or `.png`.
+        DataError: if a found image is not in `image_dir` as `<image id>.jpg`, `.jpeg` or `.png`.
     """
-    from PIL import Image
-
     files = [find_image(image_dir, hit.item) for hit in hits]
-    plt = _pyplot()
-    columns = min(5, len(hits))
-    rows = -(-len(hits) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows + 0.5), squeeze=False)
-    for panel in panels.flat:
-        panel.axis("off")
-    for rank, (hit, file, panel) in enumerate(zip(hits, files, panels.flat, strict=False), start=1):
-        with Image.open(file) as image:
-            panel.imshow(image.convert("RGB"))
-        panel.set_title(f"{rank}. {hit.item}  {hit.probability:.2f}", fontsize="small")
-    figure.suptitle(title)
-    _save_figure(plt, figure, path)
+    titles = [f"{rank}. {hit.item}  {hit.probability:.2f}" for rank, hit in enumerate(hits, start=1)]
+    image_grid(files, titles, path, heading=title)
 
 
 def find_image(image_dir: str | os.PathLike, image_id: str) -> Path:
@@ -158,20 +141,5 @@ def find_image(image_dir: str | os.PathLike, image_id: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise FileNotFoundError(f"{image_dir} has no picture of image {image_id!r} ({', '.join(IMAGE_ENDINGS)})")
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes files; needs no display
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save_figure(plt, figure, path: str | os.PathLike) -> None:
-    figure.tight_layout()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+    found, expected = Found("no such picture"), f"a file with one of the endings {', '.join(IMAGE_ENDINGS)}"
+    raise DataError(file=Path(image_dir, image_id), found=found, expected=expected)
