@@ -297,3 +297,12 @@ GRAMMARS = {
     "ja": Japanese(),
     "zh": Chinese(),
 }
+
+
+def unspaced_words() -> set[str]:
+    """The Japanese and Chinese words that carry meaning: what a sub-word should not reach over."""
+    adjectives = [*COLOUR_WORDS.values(), *SIZE_WORDS.values()]
+    words = {form for adjective in adjectives for form in (adjective.ja[1], adjective.zh)}
+    words |= {form for noun in NOUNS.values() for form in (noun.ja, noun.zh, f"一{noun.zh_measure}")}
+    words |= {phrases[language] for phrases in SETTING_PHRASES.values() for language in ("ja", "zh")}
+    return words.union(Japanese.relations.values(), Chinese.relations.values())

@@ -29,8 +29,8 @@ class Noun:
 
 
 @dataclass(frozen=True)
-class Colour:
-    """A colour word: stems for de and cs, both genders for fr; ja is the noun and the attributive form."""
+class Adjective:
+    """A colour or size: stems for de and cs, both genders for fr; ja is the noun and the attributive form."""
 
     en: str
     de: str
@@ -79,21 +79,21 @@ NOUNS = _nouns(
 )
 
 COLOUR_WORDS = {
-    "red": Colour("red", "rot", ("rouge", "rouge"), "červen", ("赤", "赤い"), "红色"),
-    "blue": Colour("blue", "blau", ("bleu", "bleue"), "modr", ("青", "青い"), "蓝色"),
-    "green": Colour("green", "grün", ("vert", "verte"), "zelen", ("緑", "緑の"), "绿色"),
-    "yellow": Colour("yellow", "gelb", ("jaune", "jaune"), "žlut", ("黄色", "黄色い"), "黄色"),
-    "orange": Colour(
+    "red": Adjective("red", "rot", ("rouge", "rouge"), "červen", ("赤", "赤い"), "红色"),
+    "blue": Adjective("blue", "blau", ("bleu", "bleue"), "modr", ("青", "青い"), "蓝色"),
+    "green": Adjective("green", "grün", ("vert", "verte"), "zelen", ("緑", "緑の"), "绿色"),
+    "yellow": Adjective("yellow", "gelb", ("jaune", "jaune"), "žlut", ("黄色", "黄色い"), "黄色"),
+    "orange": Adjective(
         "orange", "orangefarben", ("orange", "orange"), "oranžov", ("オレンジ", "オレンジの"), "橙色"
     ),
-    "purple": Colour("purple", "violett", ("violet", "violette"), "fialov", ("紫", "紫の"), "紫色"),
-    "black": Colour("black", "schwarz", ("noir", "noire"), "čern", ("黒", "黒い"), "黑色"),
-    "white": Colour("white", "weiß", ("blanc", "blanche"), "bíl", ("白", "白い"), "白色"),
+    "purple": Adjective("purple", "violett", ("violet", "violette"), "fialov", ("紫", "紫の"), "紫色"),
+    "black": Adjective("black", "schwarz", ("noir", "noire"), "čern", ("黒", "黒い"), "黑色"),
+    "white": Adjective("white", "weiß", ("blanc", "blanche"), "bíl", ("白", "白い"), "白色"),
 }
 
 SIZE_WORDS = {
-    "small": Colour("small", "klein", ("petit", "petite"), "mal", ("小", "小さな"), "小"),
-    "large": Colour("large", "groß", ("grand", "grande"), "velk", ("大", "大きな"), "大"),
+    "small": Adjective("small", "klein", ("petit", "petite"), "mal", ("小", "小さな"), "小"),
+    "large": Adjective("large", "groß", ("grand", "grande"), "velk", ("大", "大きな"), "大"),
 }
 
 # Where the picture plays, as an adverbial; the Japanese ones end in the particle of existence.

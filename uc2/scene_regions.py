@@ -1,6 +1,6 @@
 """A stand-in for the region detector on the demo scenes: its regions come from the pixels.
 
-Where a detector proposes boxes, `propose_boxes` jitters the true ones and adds boxes of background. What is in
+Where a detector proposes boxes, `propose_boxes` jitters true ones and adds boxes of background. What is in
 a box is read from the image alone: maps of a timm backbone's first stages, RoI-aligned, reduced to a few
 hundred principal components, and classified by a softmax regression (the probe). Components and probe are
 fitted on the training split, as the paper's detector was trained on images of its own (bottom-up attention).
@@ -59,7 +59,7 @@ def propose_boxes(scene: Scene, rng: np.random.Generator) -> Proposals:
 
 
 def _background_box(rng: np.random.Generator, half: int, objects: np.ndarray) -> np.ndarray | None:
-    """A box in the upper (0) or lower (1) half that shows hardly any object, or None when there is no room."""
+    """A box in the upper (0) or lower (1) half that shows hardly any object; None for no room."""
     for _ in range(40):
         width, height = rng.uniform(0.18, 0.42, 2)
         x, y = rng.uniform(0, 1 - width), rng.uniform(0, 1 - HORIZON - height) + half * HORIZON
@@ -72,7 +72,7 @@ def _background_box(rng: np.random.Generator, half: int, objects: np.ndarray) ->
 
 
 def hub_is_reachable(timeout: float = 5.0) -> bool:
-    """Whether the Hugging Face Hub answers. A failed download would be retried for most of a minute instead."""
+    """Whether the Hugging Face Hub answers; a failed download would be retried for most of a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:

@@ -37,7 +37,7 @@ from uc2.atomic_files import atomic_directory
 from uc2.demo_tokenizer import train_tokenizer
 from uc2.region_store import RegionRow, write_region_store
 from uc2.rows import write_jsonl
-from uc2.scene_captions import GRAMMARS, describe
+from uc2.scene_captions import GRAMMARS, describe, unspaced_words
 from uc2.scene_images import render
 from uc2.scene_layout import COLOURS, LABELS, Scene, draw_scene
 from uc2.scene_lexicon import label_words
@@ -51,6 +51,7 @@ LANGUAGES = tuple(GRAMMARS)
 FORMAT = 1  # raised when the same settings come to mean another corpus
 _BATCH = 32  # images per pass through the backbone
 _COMPONENT_BATCHES = 16  # of the training split: enough regions for the principal components
+_NAME_COPIES = 50  # of the class names in the tokenizer's text, so that even a rare one is a whole piece
 _MAX_DRAWS = 2000  # scenes drawn in search of one that is not yet described
 _LAYOUT, _PICTURE, _BOXES, _WORDING, _QUESTIONS = range(5)  # independent random streams of a scene
 
@@ -122,7 +123,7 @@ class _CorpusBuilder:
         labels = {language: [label_words(label)[language] for label in LABELS] for language in LANGUAGES}
         write_json(labels, self.directory / "object_labels.json")
         names = [name for language in LANGUAGES for name in labels[language]]
-        tokenizer = train_tokenizer(texts + names, self.settings.vocab_size)
+        tokenizer = train_tokenizer(texts + _NAME_COPIES * names, self.settings.vocab_size, unspaced_words())
         tokenizer.save_pretrained(self.directory / "tokenizer")
         report = self._write_regions(scenes)
         report["vocab_size"] = len(tokenizer)
@@ -305,8 +306,8 @@ def main(argv: list[str] | None = None) -> None:
     path = build_demo_corpus(**asdict(settings))
     report = json.loads((path / "corpus.json").read_text(encoding="utf-8"))
     accuracy = report["probe_accuracy"]
-    print(f"{path}: {report['scenes']} scenes, {report['seconds']} s, {report['backbone_weights']} backbone, "
-          f"held-out probe accuracy: kind {accuracy['kind']:.1%}, colour {accuracy['colour']:.1%}")  # fmt: skip
+    print(f"{path}: {report['scenes']} scenes, {report['seconds']} s, backbone: {report['backbone_weights']}")
+    print(f"probe on held-out regions: kind {accuracy['kind']:.1%}, colour {accuracy['colour']:.1%}")
 
 
 if __name__ == "__main__":
