@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import XLMRobertaTokenizer
+from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaTokenizer
 
 import run_retrieval
 from modeling_uc2 import UC2Config, UC2ForPreTraining, UC2ForRetrieval
@@ -158,6 +158,32 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(corpus, tmp_path):
     resumed = UC2ForRetrieval.from_pretrained(tmp_path / "resumed").state_dict()
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, msg=name)
+
+
+def test_a_finished_run_is_evaluated_again_without_training(corpus, tmp_path, monkeypatch):
+    words = arguments(corpus, tmp_path, *train_and_test(corpus))
+    results = run_retrieval.main(words)
+    weights = UC2ForRetrieval.from_pretrained(tmp_path).state_dict()
+    monkeypatch.setattr(run_retrieval.RetrievalTrainer, "training_step", None)
+    assert run_retrieval.main(words)["datasets"] == results["datasets"]
+    again = UC2ForRetrieval.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_fine_tuning_from_a_text_encoder(corpus, tmp_path):
+    tokenizer = UC2Processor.from_pretrained(corpus / "model").tokenizer
+    config = XLMRobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=66, type_vocab_size=1,
+    )  # fmt: skip
+    XLMRobertaForMaskedLM(config).save_pretrained(tmp_path / "xlmr")
+    tokenizer.save_pretrained(tmp_path / "xlmr")
+    model = ["--model_name_or_path", tmp_path / "xlmr"]
+    results = run_retrieval.main(arguments(corpus, tmp_path / "out", *train_and_test(corpus), *model))
+    assert set(results["datasets"]["toys"]) == {"en", "de"}
+    test_set = ["--eval_files", f"toys={corpus / 'captions.jsonl'}"]
+    with pytest.raises(SystemExit, match="to fine-tune"):
+        run_retrieval.main(arguments(corpus, tmp_path / "out", *test_set, *model))
 
 
 def test_two_processes_equal_one(corpus, tmp_path):

@@ -189,6 +189,19 @@ def test_errors_are_clear():
         score_matrix(model, texts, images, StubProcessor())
 
 
+def test_an_image_that_cannot_be_encoded_is_named():
+    class Refusing(StubProcessor):
+        def encode_regions(self, region):
+            if len(region["region_boxes"]) > 8:
+                raise ValueError("too many boxes")
+            return region
+
+    model, (texts, images) = make_model(), make_data()
+    images[2] = {name: np.repeat(array, 8, axis=0) for name, array in images[2].items()}
+    with pytest.raises(ValueError, match="image 2: too many boxes"):
+        score_matrix(model, texts, images, Refusing())
+
+
 def test_saving_leaves_one_whole_file(tmp_path):
     save_scores(tmp_path / "scores.npy", np.eye(3, dtype=np.float32))
     assert [path.name for path in tmp_path.iterdir()] == ["scores.npy"]

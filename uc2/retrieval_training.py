@@ -116,7 +116,10 @@ class HardNegativesCallback(TrainerCallback):
                 np.savez(file, images=self.dataset.hard_images.numpy(), rows=self.dataset.hard_rows.numpy())
 
     def load(self, checkpoint: str) -> None:
-        """Go on with what had been mined at `checkpoint`."""
-        with np.load(Path(checkpoint, HARD_NEGATIVES_FILE), allow_pickle=False) as mined:
+        """Go on with what had been mined at `checkpoint`; nothing, if that run did not mine."""
+        path = Path(checkpoint, HARD_NEGATIVES_FILE)
+        if not path.exists():
+            return
+        with np.load(path, allow_pickle=False) as mined:
             self.dataset.hard_images.copy_(torch.from_numpy(mined["images"]))
             self.dataset.hard_rows.copy_(torch.from_numpy(mined["rows"]))

@@ -72,8 +72,7 @@ def score_matrix(
         raise ValueError(f"batch_tokens must be at least 1, found {batch_tokens}")
 
     token_ids = _encode_texts(model, texts, processor, max_length)
-    num_regions = np.array([len(processor.encode_regions(region)["region_boxes"]) for region in regions])
-    blocks = _make_blocks([len(ids) for ids in token_ids], num_regions)
+    blocks = _make_blocks([len(ids) for ids in token_ids], _count_regions(regions, processor))
     saved = None
     if resume_dir is not None:
         fingerprint = _fingerprint(model, token_ids, regions, processor, precision)
@@ -138,6 +137,17 @@ def _encode_texts(model, texts: Sequence[str], processor, max_length: int | None
     return [
         list(processor.tokenizer(text, truncation=True, max_length=max_length)["input_ids"]) for text in texts
     ]
+
+
+def _count_regions(regions: Sequence, processor) -> list[int]:
+    counts = []
+    for image, region in enumerate(regions):
+        try:
+            counts.append(len(processor.encode_regions(region)["region_boxes"]))
+        except ValueError as error:
+            name = getattr(region, "image_id", None)
+            raise ValueError(f"image {image if name is None else repr(name)}: {error}") from error
+    return counts
 
 
 class _PairScorer:
