@@ -208,6 +208,7 @@ def test_files_are_what_the_readers_expect(corpus):
         questions = load_questions(str(corpus / f"questions_{split}.jsonl"))
         assert (len(store), len(parallel), len(captions)) == (count, count, 6 * count)
         check_images_in_store(parallel, str(corpus / f"{split}.jsonl"), store)
+        assert all(row["alignment"][code] for row in parallel for code in ("de", "fr", "cs", "ja", "zh"))
         assert {row["language"]: len(row["answers"]) for row in questions} == {"en": 10, "ja": 1}
         for name in store:
             row = store[name]

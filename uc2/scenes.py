@@ -5,15 +5,13 @@
 writes, whole or not at all:
 
     images/<image_id>.png             the pictures
-    {train,val,test}.jsonl            parallel captions in six languages (uc2.rows)
+    {train,val,test}.jsonl            parallel captions in six languages with word alignments (uc2.rows)
     captions_{split}.jsonl            the same captions a row each, for retrieval
     questions_{split}.jsonl           English and Japanese questions with answers
     regions/{split}/                  region stores (uc2.region_store)
     object_labels.json                the names of the detector's classes in six languages
     tokenizer/                        a small XLM-R-style tokenizer trained on the training texts
     corpus.json                       settings, counts, seconds, accuracy of the probe on the other splits
-
-Word alignments are not part of it: `uc2.word_alignment` adds them to a copy of the parallel captions.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -36,13 +35,14 @@ from uc2.arguments import parse
 from uc2.atomic_files import atomic_directory
 from uc2.demo_tokenizer import train_tokenizer
 from uc2.region_store import RegionRow, write_region_store
-from uc2.rows import write_jsonl
+from uc2.rows import load_parallel_captions, write_jsonl
 from uc2.scene_captions import GRAMMARS, describe, unspaced_words
 from uc2.scene_images import render
 from uc2.scene_layout import COLOURS, LABELS, Scene, draw_scene
 from uc2.scene_lexicon import label_words
 from uc2.scene_questions import draw_questions, question_rows
 from uc2.scene_regions import PrincipalComponents, Proposals, RegionEncoder, SoftmaxProbe, propose_boxes
+from uc2.word_alignment import align_captions
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ class _CorpusBuilder:
         names = [name for language in LANGUAGES for name in labels[language]]
         tokenizer = train_tokenizer(texts + _NAME_COPIES * names, self.settings.vocab_size, unspaced_words())
         tokenizer.save_pretrained(self.directory / "tokenizer")
+        self._align(tokenizer)
         report = self._write_regions(scenes)
         report["vocab_size"] = len(tokenizer)
         report["seconds"] = round(time.perf_counter() - began, 1)
@@ -158,6 +159,17 @@ class _CorpusBuilder:
         if split != "train":
             return []
         return [row["caption"] for row in single] + [row["question"] for row in questions]
+
+    def _align(self, tokenizer) -> None:
+        """Adds word alignments, learnt over all splits together, to the parallel captions."""
+        files = [str(self.directory / f"{split}.jsonl") for split in SPLITS]
+        with tempfile.TemporaryDirectory() as cache_dir:
+            rows = iter(align_captions(load_parallel_captions(files), tokenizer, cache_dir=cache_dir))
+            for file, count in zip(files, self.counts.values(), strict=True):
+                part = list(itertools.islice(rows, count))
+                for row in part:
+                    row["alignment"] = {code: links for code, links in row["alignment"].items() if links}
+                write_jsonl(part, file)
 
     def _write_regions(self, scenes: dict[str, list[Scene]]) -> dict:
         """Paints the pictures and writes the region stores; returns what corpus.json tells about them."""
