@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ def environment() -> dict[str, str]:
 
 def run(command: list, **kwargs) -> subprocess.CompletedProcess:
     result = subprocess.run(
-        [str(word) for word in command], env=environment(), capture_output=True, text=True, timeout=300, **kwargs
+        [str(word) for word in command], env=environment(), capture_output=True, text=True, timeout=120, **kwargs
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result
@@ -103,20 +104,31 @@ def test_killed_and_resumed_equals_undisturbed(tiny_corpus, tmp_path):
     assert_same_weights(tmp_path / "killed", tmp_path / "undisturbed", rtol=0, atol=0)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-ACCELERATE = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-]
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def torchrun() -> list:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def accelerate_launch() -> list:
+    """Two CPU processes need --multi_gpu; `--cpu --num_processes 2` would start one."""
+    options = {"num_processes": 2, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    options["main_process_port"] = free_port()
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *words]
+
+
+@pytest.mark.parametrize("launcher", [torchrun, accelerate_launch])
 def test_two_processes_train_as_one(tiny_corpus, tmp_path, launcher):
     """Two processes of one micro-batch against one process of two: the same losses and weights."""
     common = {"max_steps": 5, "per_device_train_batch_size": 3, "config_overrides": NO_DROPOUT, "ea_steps": 0}
     one, two = tmp_path / "one", tmp_path / "two"
     expected = run_pretraining.main(flags(tiny_corpus, one, gradient_accumulation_steps=2, **common))
-    run([*launcher, SCRIPT, *flags(tiny_corpus, two, gradient_accumulation_steps=1, **common)])
+    run([*launcher(), SCRIPT, *flags(tiny_corpus, two, gradient_accumulation_steps=1, **common)])
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert_same_weights(one, two, rtol=1e-3, atol=1e-5)
     metrics = json.loads((two / "results.json").read_text())
