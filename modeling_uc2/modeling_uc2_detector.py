@@ -235,7 +235,7 @@ class UC2RegionDetector(PreTrainedModel):
         if isinstance(module, nn.Conv2d) and module.bias is None:  # the backbone's
             init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            # Small, so that a fresh detector proposes the anchors, hardly moved, and not boxes outside the image.
+            # Small: a fresh detector proposes the anchors, hardly moved, and not boxes outside the image.
             init.normal_(module.weight, std=0.001)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -281,17 +281,16 @@ class UC2RegionDetector(PreTrainedModel):
         if boxes is None:
             limits = self._limits(min_detections, max_detections, score_threshold)
             proposals, _ = self.propose(cells, sizes)
+            described = self.describe(cells, proposals)
             images = [
                 self._detect(*inputs, limits, output_class_probs)
-                for inputs in zip(
-                    proposals, zip(*self.describe(cells, proposals), strict=True), sizes, strict=True
-                )
+                for inputs in zip(proposals, described, sizes, strict=True)
             ]
         else:
             given = [some.to(scale) / scale for some, scale in zip(boxes, scales, strict=True)]
             images = [
                 {"boxes": some, **self._labels(*described, output_class_probs)}
-                for some, described in zip(given, zip(*self.describe(cells, given), strict=True), strict=True)
+                for some, described in zip(given, self.describe(cells, given), strict=True)
             ]
         output = _pad_regions(images, scales, original_sizes.to(pixel_values.device))
         use_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
@@ -348,7 +347,7 @@ class UC2RegionDetector(PreTrainedModel):
 
     def describe(
         self, cells: torch.Tensor, boxes: list[torch.Tensor]
-    ) -> tuple[tuple[torch.Tensor, ...], ...]:
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """What the network says about each image's boxes.
 
         Args:
@@ -356,8 +355,8 @@ class UC2RegionDetector(PreTrainedModel):
             boxes: (P, 4) for each image, in resized pixels.
 
         Returns:
-            For each image features (P, F); class logits (P, C + 1); attribute logits (P, A + 1); box deltas
-            (P, C, 4).
+            For each image: features (P, F), class logits (P, C + 1), attribute logits (P, A + 1) and box
+            deltas (P, C, 4).
         """
         counts = [len(some) for some in boxes]
         image = torch.arange(len(boxes)).repeat_interleave(torch.tensor(counts)).to(cells.device)
@@ -368,7 +367,8 @@ class UC2RegionDetector(PreTrainedModel):
             for some in regions.split(REGIONS_AT_ONCE)
         ]
         features = torch.cat(features)
-        return tuple(values.split(counts) for values in (features, *self.predictor(features)))
+        values = (features, *self.predictor(features))
+        return list(zip(*(value.split(counts) for value in values), strict=True))
 
     def _detect(
         self,
@@ -388,8 +388,11 @@ class UC2RegionDetector(PreTrainedModel):
     def _labels(
         self, features, class_logits, attribute_logits, _, class_probs: bool
     ) -> dict[str, torch.Tensor]:
-        # The "none" attribute is left out before the softmax, the background class after it, as in the
-        # original.
+        """A probability for the likeliest class and attribute.
+
+        As in the original, "none" is left out of the attributes before the softmax, background out of the
+        classes after it.
+        """
         probs = class_logits.float().softmax(-1)[:, :-1]
         class_scores, class_ids = probs.max(-1)
         attribute_scores, attribute_ids = attribute_logits[:, :-1].float().softmax(-1).max(-1)

@@ -118,7 +118,7 @@ def test_every_recorded_tensor_is_reproduced(reference, expected):
     assert_close(boxes, expected["proposal_boxes"])
     assert_close(logits, expected["proposal_logits"])
 
-    (features,), (class_logits,), (attribute_logits,), (deltas,) = reference.describe(cells, [boxes[:8]])
+    ((features, class_logits, attribute_logits, deltas),) = reference.describe(cells, [boxes[:8]])
     assert_close(features, expected["region_features_first8"])
     assert_close(class_logits, expected["class_logits_first8"])
     assert_close(attribute_logits, expected["attribute_logits_first8"])

@@ -23,7 +23,8 @@ from modeling_uc2.modeling_uc2_detector import UC2RegionDetector
 from processing_uc2.image_processing_uc2_detector import UC2DetectorImageProcessor
 from uc2 import region_extraction
 from uc2.data_error import DataError
-from uc2.region_extraction import GridFeatures, main, regions_from_images
+from uc2.region_extraction import main, regions_from_images
+from uc2.region_extractors import GridFeatures
 from uc2.region_store import RegionStore
 
 NUM_IMAGES, BATCH_SIZE = 23, 3
@@ -357,6 +358,11 @@ def test_sources_that_cannot_be_used(backbone, tmp_path):
     (tmp_path / "empty" / "a.jpg").unlink()
     with pytest.raises(DataError, match="every image skipped"):
         main(arguments(tmp_path / "empty", tmp_path / "store", backbone))
+    features = datasets.Features(image_id=datasets.Value("string"), image=datasets.Image())
+    rows = {"image_id": ["a", "b", "a"], "image": [Image.new("RGB", (9, 9))] * 3}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "twice")
+    with pytest.raises(DataError, match="'image_id': found 'a'"):
+        main(arguments(tmp_path / "twice", tmp_path / "store", backbone))
     with pytest.raises(DataError, match="no such file"):
         main(arguments(tmp_path / "none.tar", tmp_path / "store", backbone))
 

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -152,6 +153,9 @@ def _dataset_unit(name: str, split: str, image_column: str, id_column: str) -> I
                 found=Found(f"columns {rows.column_names}"),
                 expected="this column as well",
             )
+    if length is not None and len(set(rows[id_column])) < length:
+        twice = next(image_id for image_id, count in Counter(rows[id_column]).items() if count > 1)
+        raise DataError(file=name, field=id_column, found=twice, expected="every id once (it occurs again)")
     rows = rows.select_columns([image_column, id_column])
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
 

@@ -6,11 +6,12 @@ batch is on disk, so a restart computes only the batches that were under way. Th
 on restarts or on the number of processes.
 """
 
-import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,21 +20,19 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
-import numpy as np
-import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
-from transformers.utils import cached_file
 
-from modeling_uc2.modeling_uc2_detector import UC2RegionDetector
 from processing_uc2.image_processing_uc2_detector import UC2DetectorImageProcessor
 from uc2.arguments import parse
 from uc2.data_error import DataError
 from uc2.image_sources import ImageItem, ImageUnit, open_images
+from uc2.region_extractors import GridFeatures, load_detector, regions_from_images
 from uc2.region_rows import RegionRow, tidy_region_row
 from uc2.resumable_store import Done, ResumableStore, ShardKey
+
+__all__ = ["RegionExtractionArguments", "main", "regions_from_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +63,12 @@ class RegionExtractionArguments:
     )
     region_threshold: float = field(
         default=0.2, metadata={"help": "Beyond min_regions, regions score above this; below 0: no threshold."}
+    )
+    proposals: int | None = field(
+        default=None,
+        metadata={
+            "help": "Boxes described per image, of which regions are selected; default: the detector's."
+        },
     )
     class_probs: bool = field(
         default=False, metadata={"help": "Store the probabilities of all object classes."}
@@ -103,125 +108,12 @@ class RegionExtractionArguments:
         return settings | {"units": [[unit.name, unit.version] for unit in units]}
 
 
-# --- images -> rows ---
-
-
-def regions_from_images(
-    detector: UC2RegionDetector,
-    images: Sequence[Image.Image],
-    *,
-    image_processor: UC2DetectorImageProcessor | None = None,
-    image_ids: Sequence[str] | None = None,
-    class_probs: bool = False,
-    **options,
-) -> list[RegionRow]:
-    """The regions of photographs, computed as one batch on the detector's device.
-
-    Args:
-        image_processor: default: `UC2DetectorImageProcessor()`, 800 to 1,333 pixels.
-        image_ids: default: "0", "1", ….
-        class_probs: also give the probabilities of all object classes.
-        options: `min_detections`, `max_detections`, `score_threshold`, `boxes` of
-            `UC2RegionDetector.forward`.
-    """
-    inputs = (image_processor or UC2DetectorImageProcessor())(images, return_tensors="pt")
-    inputs = inputs.to(detector.device)
-    output = detector(**inputs, output_class_probs=class_probs, **options)
-    rows = []
-    for i, image in enumerate(images):
-        boxes = output.region_boxes[i]
-        # A box pressed against the border may have no area left; it describes nothing.
-        some = (output.region_attention_mask[i] == 1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        row = RegionRow(
-            image_id=str(i) if image_ids is None else image_ids[i],
-            image_height=image.height,
-            image_width=image.width,
-            boxes=boxes[some].cpu().numpy(),
-            features=output.region_features[i][some].half().cpu().numpy(),
-            class_ids=output.class_ids[i][some].cpu().numpy(),
-            class_scores=output.class_scores[i][some].cpu().numpy(),
-            class_probs=output.class_probs[i][some].half().cpu().numpy() if class_probs else None,
-        )
-        rows.append(row)
-    return rows
-
-
-class GridFeatures:
-    """Features of any timm backbone, pooled to a g x g grid; each cell is a region of the image.
-
-    Images are resized to the backbone's input size without cropping, so that the cells cover the whole
-    image. A grid has no object classes: every cell is of class 0 with score 1.
-
-    Args:
-        backbone: a timm model name, `hf-hub:…` or `local-dir:…`; its pretrained weights are used.
-        grid: g.
-    """
-
-    def __init__(self, backbone: str, grid: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        self.model = timm.create_model(backbone, pretrained=True, num_classes=0).eval().to(device, dtype)
-        self.grid, self.device, self.dtype = grid, device, dtype
-        data = timm.data.resolve_model_data_config(self.model)
-        self.height, self.width = data["input_size"][1:]
-        self.resample = getattr(Image.Resampling, data["interpolation"].upper())
-        self.mean, self.std = (np.array(data[name], np.float32) for name in ("mean", "std"))
-
-    @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], image_ids: Sequence[str]) -> list[RegionRow]:
-        pixels = np.stack(
-            [np.asarray(image.resize((self.width, self.height), self.resample)) for image in images]
-        )
-        pixels = torch.from_numpy((pixels / np.float32(255) - self.mean) / self.std).permute(0, 3, 1, 2)
-        (cells,) = self.model.forward_intermediates(
-            pixels.to(self.device, self.dtype),
-            indices=1,
-            norm=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
-        if min(cells.shape[-2:]) < self.grid:
-            height, width = cells.shape[-2:]
-            raise ValueError(
-                f"--grid {self.grid} is finer than this backbone's {height} x {width} feature map."
-            )
-        pooled = F.adaptive_avg_pool2d(cells, self.grid)  # (B, F, g, g)
-        features = pooled.flatten(2).transpose(1, 2).half().cpu().numpy()  # (B, g * g, F), row by row
-        return [
-            self._row(image, image_id, some)
-            for image, image_id, some in zip(images, image_ids, features, strict=True)
-        ]
-
-    def _row(self, image: Image.Image, image_id: str, features: np.ndarray) -> RegionRow:
-        edges = np.arange(self.grid + 1, dtype=np.float32) / self.grid
-        y1, x1 = (corner.ravel() for corner in np.meshgrid(edges[:-1], edges[:-1], indexing="ij"))
-        y2, x2 = (corner.ravel() for corner in np.meshgrid(edges[1:], edges[1:], indexing="ij"))
-        size = np.array([image.width, image.height] * 2, np.float32)
-        count = self.grid**2
-        return RegionRow(
-            image_id=image_id,
-            image_height=image.height,
-            image_width=image.width,
-            boxes=np.stack([x1, y1, x2, y2], axis=1) * size,
-            features=features,
-            class_ids=np.zeros(count, np.int64),
-            class_scores=np.ones(count, np.float32),
-        )
-
-
-def load_detector(name_or_path: str) -> UC2RegionDetector:
-    """A detector of this package, or one in the public port's format (see `from_frcnn_checkpoint`)."""
-    file = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)
-    if file is not None:
-        with open(file, encoding="utf-8") as stream:
-            if json.load(stream).get("model_type") == UC2RegionDetector.config_class.model_type:
-                return UC2RegionDetector.from_pretrained(name_or_path)
-    return UC2RegionDetector.from_frcnn_checkpoint(name_or_path)
-
-
 def make_extractor(arguments: RegionExtractionArguments, device: str) -> Extractor:
     dtype = getattr(torch, arguments.dtype)
     if arguments.backbone is not None:
         return GridFeatures(arguments.backbone, arguments.grid, device, dtype)
-    detector = load_detector(arguments.detector).eval().to(device, dtype)
+    overrides = {} if arguments.proposals is None else {"proposals_after_nms": arguments.proposals}
+    detector = load_detector(arguments.detector, **overrides).eval().to(device, dtype)
     size = {"shortest_edge": arguments.shortest_edge, "longest_edge": arguments.longest_edge}
     image_processor = UC2DetectorImageProcessor(size=size)
 
@@ -395,7 +287,7 @@ def _progress_bar(total: int | None, worker: Worker) -> tqdm:
     """Images per second and the time left, for the first process' share."""
     interval = 0.5 if sys.stderr.isatty() else 10  # seconds; log files need fewer lines
     description = "regions" if worker.world_size == 1 else f"regions, process 1 of {worker.world_size}"
-    return tqdm(total=total, unit=" images", disable=worker.rank > 0, mininterval=interval, desc=description)
+    return tqdm(total=total, unit="image", disable=worker.rank > 0, mininterval=interval, desc=description)
 
 
 def open_units(arguments: RegionExtractionArguments) -> list[ImageUnit]:
@@ -437,10 +329,21 @@ def main(argv: list[str] | None = None) -> None:
 def _start(worker: Worker, arguments: RegionExtractionArguments) -> multiprocessing.Process:
     # A forked process could not use CUDA.
     process = multiprocessing.get_context("spawn").Process(
-        target=run_worker, args=(worker, arguments), daemon=True
+        target=_run_helper, args=(worker, arguments), daemon=True
     )
     process.start()
     return process
+
+
+def _run_helper(worker: Worker, arguments: RegionExtractionArguments) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    run_worker(worker, arguments)
+
+
+def _exit_with_parent() -> None:
+    """Without this, a killed command would leave helpers that write into the store beside its successor's."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _finish(arguments: RegionExtractionArguments, helpers: list[multiprocessing.Process]) -> None:
