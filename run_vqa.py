@@ -209,8 +209,16 @@ def read_vocabulary(file: str) -> list[str]:
     return vocabulary
 
 
+def load_config(name_or_path: str):
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        expected = "a folder or Hub id of a UC2 or XLM-R model"
+        raise DataError(field="model_name_or_path", found=name_or_path, expected=expected) from error
+
+
 def load_processor(name_or_path: str, store: RegionStore) -> UC2Processor:
-    if AutoConfig.from_pretrained(name_or_path).model_type == "xlm-roberta":
+    if load_config(name_or_path).model_type == "xlm-roberta":
         return UC2Processor(AutoTokenizer.from_pretrained(name_or_path), feature_size=store.feature_size)
     processor = UC2Processor.from_pretrained(name_or_path)
     if processor.feature_size != store.feature_size:
@@ -228,7 +236,7 @@ def load_model(name_or_path: str, store: RegionStore, vocabulary: list[str] | No
 
     The head of a model fine-tuned on the same vocabulary is kept.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = load_config(name_or_path)
     architecture = (config.architectures or [config.model_type])[0]
     if vocabulary is None:
         if architecture != "UC2ForVQA":

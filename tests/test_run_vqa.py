@@ -216,6 +216,7 @@ def test_bad_rows_stop_before_the_first_step(folder, tiny_corpus, tmp_path, chan
         ({"train_files": None}, "UC2ForPreTraining', expected UC2ForVQA"),
         ({"answer_vocabulary": "nothing.json"}, "own, shared or a JSON file"),
         ({"num_answers": 0}, "at least 1"),
+        ({"model_name_or_path": "/no/such/model"}, "'/no/such/model', expected a folder or Hub id"),
         ({"eval_files": "=x"}, "path or name=path"),
     ],
 )

@@ -166,12 +166,9 @@ def _is_hub_id(name: str | None) -> bool:
 
 
 def _table(values: Mapping) -> str:
-    """A Markdown table of names and values; empty without values."""
-    if not values:
-        return ""
-    return _markdown_table(
-        ["", ""], [[name.replace("_", " "), _shown(value)] for name, value in values.items()]
-    )
+    """A Markdown table of names and values, without those that are None; empty without values."""
+    rows = [[name.replace("_", " "), _shown(value)] for name, value in values.items() if value is not None]
+    return _markdown_table(["", ""], rows) if rows else ""
 
 
 def _result_table(results: Sequence[Mapping]) -> str:

@@ -181,7 +181,8 @@ def draw_word_attention(
     columns = min(columns, len(attentions))
     rows = math.ceil(len(attentions) / columns)
     panel_height = 4.2 * picture.height / picture.width
-    figure = new_figure(4.2 * columns + 0.9, (panel_height + 0.55) * rows)
+    figure = new_figure(4.2 * columns + 0.9, (panel_height + 0.6) * rows + 0.1)
+    figure.get_layout_engine().set(h_pad=0.12)
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
         panel.axis("off")
@@ -198,7 +199,7 @@ def draw_word_attention(
             color=GREY,
         )
     scale = figure.colorbar(ScalarMappable(cmap="inferno"), ax=panels, shrink=0.7, aspect=30, pad=0.01)
-    scale.set_ticks([0, 1], labels=["none", "strongest"])
+    scale.set_ticks([0, 1], labels=["median\nor less", "strongest"])
     scale.set_label("attention of the word", fontsize="small")
     return save_figure(figure, path)
 
@@ -208,7 +209,7 @@ def _draw_attention(panel, picture: Image.Image, attention: WordAttention, outli
     height, width = picture.height, picture.width
     boxes = attention.boxes * [width, height, width, height]
     heat = np.zeros((height, width))
-    for box, weight in zip(boxes, attention.weights / attention.weights.max(), strict=True):
+    for box, weight in zip(boxes, _contrast(attention.weights), strict=True):
         left, top, right, bottom = (int(round(value)) for value in box)
         heat[top:bottom, left:right] = np.maximum(heat[top:bottom, left:right], weight)
     colours = np.asarray(picture.convert("RGB"), float) / 255
@@ -227,6 +228,12 @@ def _draw_attention(panel, picture: Image.Image, attention: WordAttention, outli
             left + 0.01 * width, top + 0.012 * height, f"{attention.weights[index]:.0%}",
             fontsize=8, color="white", va="top", bbox={"facecolor": "0.1", "edgecolor": colour, "pad": 1.5},
         )  # fmt: skip
+
+
+def _contrast(weights: np.ndarray) -> np.ndarray:
+    """Weights in [0, 1]: 1 for the strongest, 0 for the median and below, lest all boxes light up."""
+    excess = np.clip(weights - np.median(weights), 0, None)
+    return excess / excess.max() if excess.max() > 0 else weights / weights.max()
 
 
 # ---- curves ----
