@@ -24,6 +24,9 @@ from transformers import (
     MarianMTModel,
     MarianTokenizer,
     NllbTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
 )
 
 from uc2 import translation
@@ -239,6 +242,28 @@ def test_nllb_codes_are_mapped(nllb):
 def test_multi_target_marian_gets_a_prefix_token(multi_target_marian, marian):
     assert Translator(str(multi_target_marian), "en", "de")._prefix == ">>deu<< "
     assert Translator(str(marian), "en", "de")._prefix == ""
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory) -> Path:
+    """A T5 whose vocabulary has MADLAD's language tokens."""
+    folder = tmp_path_factory.mktemp("t5")
+    tokens = ["<pad>", "</s>", "<unk>", "<2en>", "<2de>", "▁", *"abcdefghijklmnop"]
+    tokenizer = T5Tokenizer(vocab=[(token, -float(i)) for i, token in enumerate(tokens)], extra_ids=0)
+    tokenizer.add_tokens(["<2en>", "<2de>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=len(tokenizer))
+    T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_madlad_and_plain_t5_get_a_prefix(t5):
+    madlad = Translator(str(t5), "en", "de")
+    assert madlad._prefix == "<2de> "
+    ids = madlad.tokenizer(madlad._prefix + "abc")["input_ids"]
+    assert ids[0] == madlad.tokenizer.convert_tokens_to_ids("<2de>")
+    plain = Translator(str(t5), "en", "de", prefix="translate to {language}: ", num_beams=1)
+    assert plain._prefix == "translate to de: " and len(plain(["abc", "bad"])) == 2
 
 
 def test_unknown_language_is_an_error(m2m100, multi_target_marian):

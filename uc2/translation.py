@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import set_seed
 
 from uc2.arguments import parse
 from uc2.atomic_files import atomic_file
@@ -138,7 +137,8 @@ class TranslationArguments:
 
     def settings(self) -> dict:
         """What decides the result; the sources are told by size and time of change."""
-        files = [*self.input, *(pair.split("=", 1)[1] for pair in self.existing), self.image_ids]
+        files = [*self.input, *(pair.split("=", 1)[1] for pair in self.existing)]
+        files += [self.image_ids, self.labels]
         versions = {file: _version(file) for file in files if file and os.path.exists(file)}
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in _FREE_OPTIONS}
         return json.loads(json.dumps(options | {"files": versions}))
@@ -339,7 +339,6 @@ def _settings_of(path: Path) -> dict:
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse((TranslationArguments,), sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO)
-    set_seed(0)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if _check_settings(args):
         print(f"{args.output} is finished already.")
