@@ -121,6 +121,7 @@ class RetrievalTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.01)
     warmup_steps: float = field(default=0.1, metadata={"help": "Below 1: share of all steps."})
     max_steps: int = field(default=30_000, metadata={"help": "-1: go by num_train_epochs."})
+    logging_steps: float = field(default=50)
     # The Trainer would drop the region inputs, which it does not know.
     remove_unused_columns: bool = field(default=False)
     report_to: str | None = field(default="none")
@@ -311,7 +312,7 @@ def report(trainer, results: dict, data, loss, scoring, args) -> None:
         "retrieval",
         model_name=folder.name,
         config=trainer.model.config,
-        languages=[str(language) for language in trainer.train_dataset.languages],
+        languages=trainer.train_dataset.languages,
         data={
             "captions": data.train_files,
             "regions": data.region_stores,

@@ -93,9 +93,11 @@ def test_captions_that_read_alike_are_no_negatives():
     rows = caption_rows(3, ("en",), 1) + [{"image_id": "i1", "language": "en", "caption": "en 0 0"}]
     dataset = make_dataset(rows)
     # Row 0 is "en 0 0" of image 0; image 1 has the same words, so only image 2 is wrong for it.
-    assert list(dataset.image_ids[dataset.candidate_images(0)]) == ["i2"]
+    assert [dataset.is_wrong_image(0, image) for image in range(3)] == [False, False, True]
     # Image 1 is also described by "en 0 0", so for its row 1 only row 2 is a wrong caption.
-    assert list(dataset.candidate_rows(1)) == [2]
+    assert [dataset.is_wrong_caption(1, row) for row in range(4)] == [False, False, True, False]
+    for epoch in range(20):
+        assert [int(drawn[0]) for drawn in dataset.draw_negatives(1 + epoch * 4)] in ([0, 2], [2, 2])
 
 
 def test_draws_depend_on_seed_and_key_only():

@@ -1,8 +1,9 @@
 """Retrieval data: training groups of one true and several wrong pairs, and test sets (UC2, sections 4 and
 A.1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import datasets
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 from uc2.data_error import DataError, Found
 from uc2.region_rows import check_region_row
 from uc2.rows import check_images_in_store, load_captions
+
+# Draws per negative before all rows are looked through; each draw fails only for pairs that match.
+MAX_TRIES = 50
 
 
 class RetrievalDataset:
@@ -55,9 +59,13 @@ class RetrievalDataset:
         self.captions, self.store, self.processor = captions, store, processor
         self.num_negative_images, self.num_negative_captions = num_negative_images, num_negative_captions
         self.seed, self.max_length = seed, max_length
-        self.image_ids, self.image_of_row = np.unique(captions["image_id"], return_inverse=True)
-        _, self.text_of_row = np.unique(captions["caption"], return_inverse=True)
-        self.languages, self.language_of_row = np.unique(captions["language"], return_inverse=True)
+        self.image_ids, self.image_of_row = _numbered(captions["image_id"])
+        _, self.text_of_row = _numbered(captions["caption"])
+        self.languages, self.language_of_row = _numbered(captions["language"])
+        self.rows_of_language = [
+            np.flatnonzero(self.language_of_row == number) for number in range(len(self.languages))
+        ]
+        self.images_of_shared_text = _images_of_shared_texts(self.text_of_row, self.image_of_row)
         # -1: not mined. In shared memory, so that running DataLoader workers see what is mined.
         self.hard_images = torch.full((len(self), num_negative_images), -1).share_memory_()
         self.hard_rows = torch.full((len(self), num_negative_captions), -1).share_memory_()
@@ -84,24 +92,31 @@ class RetrievalDataset:
         """Wrong images (indices into `image_ids`) and rows of wrong captions; mined ones come first."""
         rng = np.random.default_rng((self.seed, key))
         row = key % len(self)
-        images = _draw(rng, self.candidate_images(row), self.hard_images[row], self.num_negative_images)
-        rows = _draw(rng, self.candidate_rows(row), self.hard_rows[row], self.num_negative_captions)
+        images = _draw(
+            rng,
+            np.arange(len(self.image_ids)),
+            partial(self.is_wrong_image, row),
+            self.hard_images[row],
+            self.num_negative_images,
+        )
+        rows = _draw(
+            rng,
+            self.rows_of_language[self.language_of_row[row]],
+            partial(self.is_wrong_caption, row),
+            self.hard_rows[row],
+            self.num_negative_captions,
+        )
         return images, rows
 
-    def candidate_images(self, row: int) -> np.ndarray:
-        """Indices of the images that the row's caption does not describe, in any language."""
-        allowed = np.ones(len(self.image_ids), bool)
-        allowed[self.image_of_row[row]] = False
-        allowed[self.image_of_row[self.text_of_row == self.text_of_row[row]]] = False
-        return np.flatnonzero(allowed)
+    def is_wrong_image(self, row: int, image: int) -> bool:
+        """Whether the row's caption describes another image, in every language."""
+        own = self.image_of_row[row] == image
+        return not (own or image in self.images_of_shared_text.get(self.text_of_row[row], ()))
 
-    def candidate_rows(self, row: int) -> np.ndarray:
-        """Rows in the language of `row` whose caption does not describe its image."""
-        image = self.image_of_row[row]
-        own_texts = self.text_of_row[self.image_of_row == image]
-        allowed = (self.language_of_row == self.language_of_row[row]) & (self.image_of_row != image)
-        allowed[allowed] = ~np.isin(self.text_of_row[allowed], own_texts)
-        return np.flatnonzero(allowed)
+    def is_wrong_caption(self, row: int, other: int) -> bool:
+        """Whether `other` is in the language of `row` and its caption describes another image."""
+        same_language = self.language_of_row[row] == self.language_of_row[other]
+        return bool(same_language) and self.is_wrong_image(other, self.image_of_row[row])
 
     def set_hard_negatives(self, row: int, images: Sequence[int], rows: Sequence[int]) -> None:
         """From now on, take these wrong images and captions (hardest first) for the row."""
@@ -110,25 +125,22 @@ class RetrievalDataset:
             table[row] = torch.tensor(values + [-1] * (table.shape[1] - len(values)))
 
     def _check_candidates(self) -> None:
-        """Each language needs at least two images, with captions of their own, or a draw could fail late."""
-        for language, name in enumerate(self.languages):
-            rows = np.flatnonzero(self.language_of_row == language)
+        """Each language needs wrong captions, and wrong images, or a draw would fail late."""
+        for language, rows in zip(self.languages, self.rows_of_language, strict=True):
             for row in rows[[0, -1]]:
-                if self.num_negative_captions and not len(self.candidate_rows(row)):
-                    found = Found(
-                        f"no caption in {str(name)!r} of another image than {self._image_id(row)!r}"
-                    )
-                    raise DataError(
-                        field="caption", found=found, expected="at least one to draw as a negative"
-                    )
-                if self.num_negative_images and not len(self.candidate_images(row)):
-                    found = Found(f"no other image than {self._image_id(row)!r}")
-                    raise DataError(
-                        field="image_id", found=found, expected="at least one to draw as a negative"
-                    )
+                if self.num_negative_captions and not any(
+                    self.is_wrong_caption(row, other) for other in rows
+                ):
+                    found = Found(f"no caption in {language!r} of another image than {self._id(row)!r}")
+                    raise DataError(field="caption", found=found, expected="one to draw as a negative")
+                if self.num_negative_images and not any(
+                    self.is_wrong_image(row, image) for image in range(len(self.image_ids))
+                ):
+                    found = Found(f"no other image than {self._id(row)!r}")
+                    raise DataError(field="image_id", found=found, expected="one to draw as a negative")
 
-    def _image_id(self, row: int) -> str:
-        return str(self.image_ids[self.image_of_row[row]])
+    def _id(self, row: int) -> str:
+        return self.image_ids[self.image_of_row[row]]
 
     def _encode_text(self, row: int) -> dict[str, np.ndarray]:
         caption = self.captions[int(row)]["caption"]
@@ -136,19 +148,42 @@ class RetrievalDataset:
         return {"input_ids": np.array(ids, np.int64)}
 
     def _encode_image(self, image: int) -> dict[str, np.ndarray]:
-        return self.processor.encode_regions(self.store[str(self.image_ids[image])])
+        return self.processor.encode_regions(self.store[self.image_ids[image]])
 
 
-def _draw(rng, candidates: np.ndarray, mined: torch.Tensor, count: int) -> np.ndarray:
-    """`count` candidates: the mined ones, then others at random, repeated only if there are too few."""
-    chosen = mined[mined >= 0].numpy()
-    others = np.setdiff1d(candidates, chosen)
-    missing = count - len(chosen)
-    if not missing:
-        return chosen
-    if not len(others):
-        others = chosen
-    return np.concatenate([chosen, rng.choice(others, missing, replace=len(others) < missing)])
+def _draw(
+    rng, items: np.ndarray, accept: Callable[[int], bool], mined: torch.Tensor, count: int
+) -> np.ndarray:
+    """`count` accepted items: the mined ones, then others at random, repeated only if there are too few."""
+    chosen = mined[mined >= 0].tolist()
+    for _ in range(MAX_TRIES * count):
+        if len(chosen) == count:
+            break
+        item = int(items[rng.integers(len(items))])
+        if item not in chosen and accept(item):
+            chosen.append(item)
+    if len(chosen) < count:  # few items are accepted: look at all of them
+        others = [item for item in items.tolist() if item not in chosen and accept(item)] or chosen
+        missing = count - len(chosen)
+        chosen += rng.choice(others, missing, replace=len(others) < missing).tolist()
+    return np.array(chosen, np.int64)
+
+
+def _numbered(values: Iterable[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct values in order of appearance, and each value's index among them."""
+    numbers: dict[str, int] = {}
+    index = np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
+    return list(numbers), index
+
+
+def _images_of_shared_texts(text_of_row: np.ndarray, image_of_row: np.ndarray) -> dict[int, set[int]]:
+    """Text -> its images, for the texts that several images have."""
+    pairs = np.unique(np.stack([text_of_row, image_of_row], axis=1), axis=0)
+    texts, counts = np.unique(pairs[:, 0], return_counts=True)
+    shared: dict[int, set[int]] = {int(text): set() for text in texts[counts > 1]}
+    for text, image in pairs[np.isin(pairs[:, 0], texts[counts > 1])].tolist():
+        shared[text].add(image)
+    return shared
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """Fine-tuning for retrieval with the Hugging Face Trainer; mining of hard negatives (UC2, section 4, A.1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -71,21 +73,22 @@ def mine_hard_negatives(model, dataset: RetrievalDataset, rows: np.ndarray, **sc
     """
     images = np.unique(dataset.image_of_row[rows])
     texts = [dataset.captions[int(row)]["caption"] for row in rows]
-    regions = [dataset.store[str(dataset.image_ids[image])] for image in images]
+    regions = [dataset.store[dataset.image_ids[image]] for image in images]
     scores = score_matrix(model, texts, regions, dataset.processor, **scoring_options)
-    for position, row in enumerate(rows):
+    for position, row in enumerate(rows.tolist()):
         own_column = np.searchsorted(images, dataset.image_of_row[row])
+        wrong_images = _best(scores[position], images, partial(dataset.is_wrong_image, row))
+        wrong_rows = _best(scores[:, own_column], rows, partial(dataset.is_wrong_caption, row))
         dataset.set_hard_negatives(
             row,
-            _best(scores[position], images, dataset.candidate_images(row), dataset.num_negative_images),
-            _best(scores[:, own_column], rows, dataset.candidate_rows(row), dataset.num_negative_captions),
+            list(islice(wrong_images, dataset.num_negative_images)),
+            list(islice(wrong_rows, dataset.num_negative_captions)),
         )
 
 
-def _best(scores: np.ndarray, items: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
-    """The `count` highest-scoring `items` that are also candidates, best first."""
-    order = np.argsort(-scores, kind="stable")
-    return items[order][np.isin(items[order], candidates)][:count]
+def _best(scores: np.ndarray, items: np.ndarray, accept: Callable[[int], bool]) -> Iterator[int]:
+    """The accepted items, highest score first."""
+    return filter(accept, items[np.argsort(-scores, kind="stable")].tolist())
 
 
 class HardNegativesCallback(TrainerCallback):
