@@ -137,6 +137,10 @@ def run(data: DataArguments, args: VQATrainingArguments) -> dict:
         for name, rows in eval_questions.items()
     }
     answered = {name: dataset for name, dataset in eval_datasets.items() if dataset.questions["answers"][0]}
+    if args.eval_strategy != "no" and not answered:
+        raise DataError(
+            field="eval_strategy", found=args.eval_strategy.value, expected="no, or eval_files with answers"
+        )
     trainer = VQATrainer(
         model=model,
         args=args,

@@ -217,6 +217,7 @@ def test_bad_rows_stop_before_the_first_step(folder, tiny_corpus, tmp_path, chan
         ({"answer_vocabulary": "nothing.json"}, "own, shared or a JSON file"),
         ({"num_answers": 0}, "at least 1"),
         ({"model_name_or_path": "/no/such/model"}, "'/no/such/model', expected a folder or Hub id"),
+        ({"eval_files": None, "eval_strategy": "steps"}, "expected no, or eval_files with answers"),
         ({"eval_files": "=x"}, "path or name=path"),
     ],
 )
@@ -246,6 +247,23 @@ def test_regions_of_another_width(folder, tiny_corpus, tmp_path):
     write_region_store((replace(row, features=row.features[:, :5]) for row in rows), tmp_path / "narrow")
     with pytest.raises(SystemExit, match="features of width 5, expected 12"):
         main(flags(folder, tiny_corpus, tmp_path / "out", region_stores=tmp_path / "narrow"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_images(folder, tiny_corpus, tmp_path, monkeypatch):
+    from run_vqa import main
+
+    forward = UC2ForVQA.forward
+
+    def poisoned(self, **inputs):
+        outputs = forward(self, **inputs)
+        if outputs.loss is not None:
+            outputs["loss"] = outputs.loss * float("nan")
+        return outputs
+
+    monkeypatch.setattr(UC2ForVQA, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0.*Images of the batch: image\d+"):
+        main(flags(folder, tiny_corpus, tmp_path / "out"))
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("vqa_*.yaml")), ids=lambda path: path.stem)

@@ -61,6 +61,9 @@ class VQADataset:
             counts[image_id] = len(self.processor.select_regions(self.store.class_scores(image_id)))
         return np.stack([tokens, [counts[self.image_ids[row]] for row in rows]], axis=1)
 
+    def image_id(self, key: int) -> str:
+        return self.image_ids[key % len(self)]
+
     def answer_coverage(self) -> float:
         """Share of the questions that have an answer among the classes; the others train every class to 0."""
         return float((np.diff(self._targets[0]) > 0).mean())

@@ -57,8 +57,15 @@ class VQATrainer(Trainer):
         return self.accelerator.reduce(questions, reduction="sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        keys = inputs["example_ids"]
         inputs = {name: value for name, value in inputs.items() if name != "example_ids"}
         outputs = model(**inputs)
+        if not torch.isfinite(outputs.loss):
+            images = {self.train_dataset.image_id(key) for key in keys.tolist()}
+            raise FloatingPointError(
+                f"The loss is {outputs.loss.item()} at step {self.state.global_step}; the last checkpoint is"
+                f" untouched. Images of the batch: {', '.join(sorted(images))}."
+            )
         # The model gives the mean of its micro-batch, and processes average their gradients.
         share = len(inputs["labels"]) * self.accelerator.num_processes / num_items_in_batch
         loss = outputs.loss * share
