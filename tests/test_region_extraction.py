@@ -176,6 +176,22 @@ def test_tar_files_and_data_sets_give_the_same_rows(undisturbed, photographs, ba
             np.testing.assert_allclose(store[image_id].features, expected[image_id].features, atol=1e-2)
 
 
+def test_a_data_set_of_the_hub_is_streamed(undisturbed, photographs, backbone, tmp_path, monkeypatch):
+    features = datasets.Features(image_id=datasets.Value("string"), image=datasets.Image())
+    rows = {"image_id": list(photographs), "image": list(photographs.values())}
+    stream = datasets.Dataset.from_dict(rows, features=features).to_iterable_dataset()
+
+    def load_dataset(name, split, streaming):
+        assert (name, split, streaming) == ("owner/name", "validation", True)
+        return stream
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    main(arguments("owner/name", tmp_path / "store", backbone, "--split", "validation"))
+    store = RegionStore(tmp_path / "store")
+    assert list(store) == list(photographs)
+    np.testing.assert_allclose(store["007"].features, RegionStore(undisturbed)["007"].features, atol=1e-2)
+
+
 def test_photographs_are_turned_upright(tmp_path, backbone):
     image = Image.new("RGB", (40, 20))
     exif = image.getexif()

@@ -144,6 +144,8 @@ def _dataset_unit(name: str, split: str, image_column: str, id_column: str) -> I
         length, version = len(rows), rows._fingerprint
     else:
         rows = datasets.load_dataset(name, split=split, streaming=True)
+        # Some formats tell their columns only with the first row.
+        rows = rows if rows.column_names is not None else rows._resolve_features()
         length, version = None, str(rows.info.version)
     for column in (image_column, id_column):
         if column not in (rows.column_names or ()):

@@ -68,15 +68,15 @@ class ResumableStore:
         self.path, self.plan = Path(path), plan
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.progress = self.partial / "progress"
-        if self.finished:
-            self._check_plan(self.path)
-        elif (self.partial / PLAN).exists():
-            self._check_plan(self.partial)
-        elif self.path.exists():
+        # The unfinished one first: another process may be giving it its final name just now.
+        begun = [directory for directory in (self.partial, self.path) if (directory / PLAN).exists()]
+        for directory in begun:
+            self._check_plan(directory)
+        if not begun and self.path.exists():
             raise ValueError(
                 f"{self.path} exists and is not a store of extracted regions; choose another place."
             )
-        else:
+        if not begun:
             self.progress.mkdir(parents=True, exist_ok=True)
             _write_json(self.partial / PLAN, plan)
 
