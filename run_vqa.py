@@ -1,8 +1,8 @@
 """Visual question answering: fine-tune, evaluate, predict (UC2, Zhou et al., CVPR 2021, section 4.1.2).
 
-    python run_vqa.py configs/vqa_v2.yaml                                # VQA v2: train + val + Visual Genome
-    python run_vqa.py configs/vqa_vg_ja.yaml                             # VG-VQA Japanese
-    python run_vqa.py configs/vqa_v2.yaml --train_files en.jsonl ja.jsonl --answer_vocabulary shared
+    python run_vqa.py configs/vqa_paper_en.yaml                           # VQA v2: train + val + Visual Genome
+    python run_vqa.py configs/vqa_paper_ja.yaml                           # VG-VQA Japanese
+    python run_vqa.py configs/vqa_multilingual.yaml --train_files en.jsonl ja.jsonl
     python run_vqa.py --model runs/vqa --region_store regions --eval_files test=test.jsonl
 
 Without `train_files` nothing is trained: a fine-tuned model answers the `eval_files`. Files (YAML or JSON)
