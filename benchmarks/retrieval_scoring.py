@@ -7,6 +7,9 @@ The plain way scores one text after another against batches of images, padded to
 attention, and computes everything anew for every pair, as the original does. All ways run in this process,
 in turns, on one thread; times are CPU times, so that other load on the machine matters little. Regions are
 random, texts have 8 to 20 tokens. Two data sets: 36 regions per image, and 10 to 100.
+
+One run on a busy AVX-512 core, 4 texts x 100 images, random weights: fp32 1.34 and 2.35 times the plain
+rate (36, and 10 to 100 regions; largest difference 7e-7), int8 2.9 and 5.7 times (Spearman 0.92).
 """
 
 import argparse

@@ -133,6 +133,14 @@ def test_lower_precision_keeps_the_order(precision, limit):
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
+def test_a_model_in_half_precision():
+    model, (texts, images) = make_model(), make_data()
+    exact = score_matrix(model, texts, images, StubProcessor())
+    scores = score_matrix(model.to(torch.bfloat16), texts, images, StubProcessor())
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, exact, atol=0.1)
+
+
 def test_a_killed_evaluation_continues(tmp_path, small_blocks, monkeypatch):
     model, (texts, images) = make_model(), make_data()
     expected = score_matrix(model, texts, images, StubProcessor())

@@ -197,16 +197,14 @@ class _PairScorer:
         for i in block.texts:
             if i not in self.texts:
                 ids = torch.tensor(self.token_ids[i], device=self.device)[None]
-                self.texts[i] = self.backbone.embed_text(ids)[0].float()
+                self.texts[i] = self.backbone.embed_text(ids)[0]
         self.images = {i: self.images[i] for i in block.images if i in self.images}
         for i in block.images:
             if i not in self.images:
                 encoded = self.processor.encode_regions(self.regions[i])
-                features = (
-                    torch.from_numpy(np.array(encoded["region_features"]))[None].to(self.device).float()
-                )
-                boxes = torch.from_numpy(np.array(encoded["region_boxes"]))[None].to(self.device).float()
-                self.images[i] = self.backbone.embed_regions(features, boxes)[0].float()
+                parts = (encoded["region_features"], encoded["region_boxes"])
+                features, boxes = (torch.from_numpy(np.array(part))[None].to(self.device) for part in parts)
+                self.images[i] = self.backbone.embed_regions(features, boxes)[0]
 
     def _micro_batches(
         self, lengths: list[int], num_texts: int
