@@ -6,9 +6,12 @@ No labels and no randomness: masks and targets are made by the training data set
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import cached_file
@@ -18,6 +21,17 @@ REGION_INPUT_NAMES = ["region_features", "region_boxes", "region_attention_mask"
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
 # A box may leave the image by this share of its size: float32 rounding of pixel coordinates, nothing more.
 BOX_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """Something a processor uses but neither owns nor saves: copies of the processor share it."""
+
+    detector: Any
+    image_processor: Callable
+
+    def __deepcopy__(self, memo):
+        return self  # ProcessorMixin.to_dict copies every attribute, which must not be a detector's weights
 
 
 class UC2Processor(ProcessorMixin):
@@ -69,6 +83,30 @@ class UC2Processor(ProcessorMixin):
         self.min_regions = min_regions
         self.region_threshold = region_threshold
         self.feature_size = feature_size
+        self._attached = None
+
+    def attach_region_detector(self, detector, image_processor) -> "UC2Processor":
+        """Let `processor(images=...)` take photographs. The detector is not saved with the processor.
+
+        Args:
+            detector: `UC2RegionDetector`, or any model that is called with what `image_processor` gives and
+                `min_detections`, `max_detections`, `score_threshold`, and answers as that one does; used on
+                the device it is on.
+            image_processor: the detector's, such as `UC2DetectorImageProcessor()`.
+
+        Returns:
+            the processor itself.
+
+        Raises:
+            ValueError: the detector's features have another width than the processor's.
+        """
+        width = detector.config.feature_size
+        if width != self.feature_size:
+            raise ValueError(
+                f"the detector gives features of width {width}, expected {self.feature_size} (feature_size)"
+            )
+        self._attached = _Attached(detector, image_processor)
+        return self
 
     def __call__(self, text=None, regions=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
         """Encode one or many examples; one example gives a batch of 1.
@@ -78,6 +116,8 @@ class UC2Processor(ProcessorMixin):
             regions: a region item (see the class) or a list of them. Text only and regions only are valid.
             text_pair: as `text`, the other-language captions of VTLM: `<s> text </s><s> text_pair </s>`, the
                 positions of the second caption start again.
+            images: instead of `regions`, an image or a list of them, in which the attached detector finds
+                the regions, as one batch (see `attach_region_detector`).
             max_regions, min_regions, region_threshold: for this call, in place of the processor's.
             kwargs: `return_tensors` and the tokenizer's options: `padding` (default True), `truncation`,
                 `max_length` and so on; lengths count text tokens. Regions are padded to the longest of the
@@ -91,16 +131,21 @@ class UC2Processor(ProcessorMixin):
         Raises:
             ValueError: an input that cannot be encoded, with the example and the region it is found in.
         """
-        if kwargs.get("images") is not None:
-            raise ValueError("UC2Processor takes detected regions, not images: pass regions=[...]")
         limits = {name: kwargs.pop(name, value) for name, value in self._region_limits().items()}
+        # Taken out of kwargs and not named in the signature: transformers would look for an image processor
+        # among the processor's own parts.
+        images = _as_batch("images", kwargs.pop("images", None))
         text_pair = kwargs.pop("text_pair", None)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         options = merged["text_kwargs"]
         return_tensors = options.pop("return_tensors", None)
         texts, pairs = _as_batch("text", text), _as_batch("text_pair", options.pop("text_pair", text_pair))
         regions = _as_batch("regions", regions)
-        _check_batch(texts, pairs, regions)
+        if images is not None and regions is not None:
+            raise ValueError("images and regions are both given; expected one of them")
+        _check_batch(texts, pairs, images if regions is None else regions)
+        if images is not None:
+            regions = self._detect(images, limits)
 
         data = {}
         if texts is not None:
@@ -219,6 +264,31 @@ class UC2Processor(ProcessorMixin):
     def _region_limits(self) -> dict:
         return {name: getattr(self, name) for name in ("max_regions", "min_regions", "region_threshold")}
 
+    def _detect(self, images: list, limits: dict) -> list[dict]:
+        """The region items of images, found by the attached detector within the limits."""
+        if self._attached is None:
+            raise ValueError("images need a region detector: call attach_region_detector, or pass regions")
+        detector, most, threshold = self._attached.detector, limits["max_regions"], limits["region_threshold"]
+        # Upright, as the region store has them: a camera may note a turn instead of turning the pixels.
+        images = [ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image for image in images]
+        output = detector(
+            **self._attached.image_processor(images, return_tensors="pt").to(detector.device),
+            min_detections=max(1, min(limits["min_regions"], most)),
+            max_detections=most,
+            score_threshold=-1 if threshold is None else threshold,
+        )
+        # A box that was pressed against the image's border may have no area left; it describes nothing.
+        has_area = (output.region_boxes[..., 2:] > output.region_boxes[..., :2]).all(dim=-1)
+        found = output.region_attention_mask.bool() & has_area
+        fields = {
+            "features": output.region_features,
+            "normalized_boxes": output.normalized_boxes,
+            "class_scores": output.class_scores,
+        }
+        return [
+            {name: values[i][found[i]].float() for name, values in fields.items()} for i in range(len(images))
+        ]
+
     def _encode_region_batch(self, regions, limits, pad: bool) -> dict:
         """Region items -> the region inputs: arrays padded to the longest, or without `pad` lists."""
         encoded = []
@@ -319,7 +389,7 @@ def _as_batch(name, value) -> list | None:
 def _check_batch(texts, pairs, regions) -> None:
     """Text or regions are there, as many of the one as of the other, and text is text."""
     if texts is None and regions is None:
-        raise ValueError("nothing to encode: pass text, regions, or both")
+        raise ValueError("nothing to encode: pass text, regions or images, or text with one of them")
     if texts is None and pairs is not None:
         raise ValueError("text_pair needs text")
     for name, batch in (("text", texts), ("text_pair", pairs)):
