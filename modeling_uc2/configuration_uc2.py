@@ -20,6 +20,9 @@ class UC2Config(PreTrainedConfig):
 
     Args:
         type_vocab_size (`int`, defaults to 2): token types; 0 marks text, 1 marks regions.
+        position_initializer_range (`float`, *optional*): standard deviation of fresh position and token-type
+            embeddings; `initializer_range` if left out. A small model trained from scratch matches words with
+            regions far sooner when this is smaller, since what a token *is* then outweighs where it stands.
         layer_norm_eps (`float`, defaults to 1e-5): LayerNorm epsilon of embeddings and heads.
         encoder_layer_norm_eps (`float`, defaults to 1e-12): LayerNorm epsilon inside the encoder layers, which
             the original implementation sets apart from `layer_norm_eps`.
@@ -47,6 +50,7 @@ class UC2Config(PreTrainedConfig):
     max_position_embeddings: int = 514
     type_vocab_size: int = 2
     initializer_range: float | int = 0.02
+    position_initializer_range: float | int | None = None
     layer_norm_eps: float | int = 1e-5
     encoder_layer_norm_eps: float | int = 1e-12
     pad_token_id: int | None = 1

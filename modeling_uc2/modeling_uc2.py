@@ -307,6 +307,9 @@ class UC2PreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, UC2RegionEmbeddings):
             init.normal_(module.mask_embedding, std=self.config.initializer_range)
+        elif isinstance(module, UC2TextEmbeddings) and self.config.position_initializer_range is not None:
+            for table in (module.position_embeddings, module.token_type_embeddings):
+                init.normal_(table.weight, std=self.config.position_initializer_range)
         elif isinstance(module, UC2LMHead | UC2RegionRegressor):
             init.zeros_(module.bias)
 

@@ -11,6 +11,7 @@ writes, whole or not at all:
     regions/{split}/                  region stores (uc2.region_store)
     object_labels.json                the names of the detector's classes in six languages
     tokenizer/                        a small XLM-R-style tokenizer trained on the training texts
+    text_encoder/                     a small stand-in for XLM-R with multilingual word embeddings
     corpus.json                       settings, counts, seconds, accuracy of the probe on the other splits
 """
 
@@ -33,6 +34,7 @@ from tqdm.auto import tqdm
 
 from uc2.arguments import parse
 from uc2.atomic_files import atomic_directory
+from uc2.demo_text_encoder import save_demo_text_encoder
 from uc2.demo_tokenizer import train_tokenizer
 from uc2.region_store import RegionRow, write_region_store
 from uc2.rows import load_parallel_captions, write_jsonl
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 LANGUAGES = tuple(GRAMMARS)
-FORMAT = 1  # raised when the same settings come to mean another corpus
+FORMAT = 2  # raised when the same settings come to mean another corpus
 _BATCH = 32  # images per pass through the backbone
 _COMPONENT_BATCHES = 16  # of the training split: enough regions for the principal components
 _NAME_COPIES = 50  # of the class names in the tokenizer's text, so that even a rare one is a whole piece
@@ -126,6 +128,9 @@ class _CorpusBuilder:
         tokenizer = train_tokenizer(texts + _NAME_COPIES * names, self.settings.vocab_size, unspaced_words())
         tokenizer.save_pretrained(self.directory / "tokenizer")
         self._align(tokenizer)
+        lines = (self.directory / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        captions = [json.loads(line)["captions"] for line in lines]
+        save_demo_text_encoder(self.directory / "text_encoder", tokenizer, captions, seed=self.settings.seed)
         report = self._write_regions(scenes)
         report["vocab_size"] = len(tokenizer)
         report["seconds"] = round(time.perf_counter() - began, 1)
