@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, XLMRobertaConfig, XLMRobertaFo
 
 # Share of an embedding that is the word's own: translations would otherwise be one and the same vector, and a
 # masked word's language could not be told.
-OWN_SHARE = 0.5
+OWN_SHARE = 0.25
 # Words must outweigh positions for a small model to match words with regions early on.
 WORD_STD, POSITION_STD = 0.1, 0.02
 
