@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_collator=UC2DataCollator(pad_token_id=processor.tokenizer.pad_token_id),
         processing_class=processor,
         tokens_per_batch=data_args.tokens_per_batch,
+        eval_passes=report_args.eval_passes,
     )
     if args.do_train:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -189,7 +190,8 @@ def evaluate(trainer, rows, store, processor, data_args, report_args: ReportArgu
     if rows is None:
         return {}
     metrics = trainer.evaluate()
-    metrics.update({f"eval_{name}": value for name, value in chance_accuracies(trainer.eval_dataset).items()})
+    chance = chance_accuracies(trainer.eval_dataset, report_args.eval_passes)
+    metrics.update({f"eval_{name}": value for name, value in chance.items()})
     if report_args.retrieval_images:
         recalls = evaluate_zero_shot_retrieval(
             trainer.accelerator.unwrap_model(trainer.model),

@@ -69,6 +69,9 @@ class EarlyAdaptationArguments:
 
 @dataclass
 class ReportArguments:
+    eval_passes: int = field(
+        default=1, metadata={"help": "Draws of objective, language and masks per held-out row."}
+    )
     retrieval_images: int = field(
         default=0, metadata={"help": "Held-out images for zero-shot retrieval with the ITM head; 0: none."}
     )

@@ -38,11 +38,11 @@ def evaluate_zero_shot_retrieval(
     return metrics
 
 
-def chance_accuracies(dataset) -> dict[str, float]:
+def chance_accuracies(dataset, passes: int = 1) -> dict[str, float]:
     """`chance_<objective>_<language>`: the share of the most frequent target among a `PretrainingDataset`'s
-    targets of epoch 0. A predictor that ignores its input cannot do better."""
+    targets of its first epochs. A predictor that ignores its input cannot do better."""
     targets: dict[tuple[str, str], Counter] = defaultdict(Counter)
-    for key in range(len(dataset)):
+    for key in range(passes * len(dataset)):
         example = dataset[key]
         cell = (OBJECTIVES[example["objective_id"]], dataset.languages[example["language_id"]])
         for name in ("labels", "region_labels", "region_class_labels"):

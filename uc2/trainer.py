@@ -44,13 +44,16 @@ class UC2Trainer(Trainer):
     Args:
         tokens_per_batch: padded tokens (text and regions) of one micro-batch; without it, micro-batches hold
             `per_device_train_batch_size` examples.
+        eval_passes: draws of objective, language and masks per row of the evaluation set. A small set needs
+            several for figures that mean something.
     """
 
     # The model divides by the counts of the whole update, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, tokens_per_batch: int | None = None, **kwargs):
+    def __init__(self, *args, tokens_per_batch: int | None = None, eval_passes: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
+        self.eval_passes = eval_passes
         if self.args.n_gpu > 1:
             raise ValueError("One process sees several GPUs; start one process per GPU with `accelerate launch`.")
         if not self.args.average_tokens_across_devices:
@@ -88,7 +91,10 @@ class UC2Trainer(Trainer):
         process with one batch less repeats one, which is then left out of the sums.
         """
         sampler = EpochBatchSampler(dataset, batch_size=self.args.per_device_eval_batch_size, seed=0, shuffle=False)
-        batches = list(sampler)
+        batches = []
+        for epoch in range(self.eval_passes):
+            sampler.set_epoch(epoch)
+            batches += list(sampler)
         mine = batches[self.args.process_index :: self.args.world_size]
         counted = len(mine)
         if counted < -(-len(batches) // self.args.world_size):
@@ -146,7 +152,7 @@ class UC2Trainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Loss and accuracy of every objective, over all and per language, exact for any number of processes.
 
-        The masks and pairings are those of epoch 0 of the evaluation set, so that runs can be compared.
+        The masks and pairings are those of the evaluation set's first epochs, so that runs can be compared.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
