@@ -274,4 +274,4 @@ def test_configurations_parse(path, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     data, args = parse((DataArguments, VQATrainingArguments), [str(path), "--output_dir", "elsewhere"])
     assert data.train_files and data.eval_files and args.output_dir == "elsewhere"
-    assert data.tokens_per_batch == 10_240 and args.weight_decay == 0.01
+    assert data.tokens_per_batch == (0 if "demo" in path.stem else 10_240) and args.weight_decay == 0.01

@@ -3,6 +3,9 @@
 import gzip
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -22,6 +25,7 @@ from uc2.word_alignment import (
     unit_texts,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MULTI30K = SHARED / "data" / "multi30k"
 
@@ -168,6 +172,65 @@ def test_command_line_adds_alignments_and_keeps_those_there(tokenizer, tmp_path)
     aligned = [row["alignment"]["fr"] for row in rows[:-3]]
     assert aligned.count(SWAPPED) >= 0.95 * len(aligned)
     load_parallel_captions(str(target))  # what was written is valid input
+
+
+@pytest.fixture
+def command(tokenizer, tmp_path) -> list[str]:
+    """Arguments but for the output's name: three languages."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    source = tmp_path / "captions.jsonl"
+    rows = [row | {"captions": row["captions"] | {"de": "zwei Hunde spielen"}} for row in caption_rows()]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--input", str(source), "--tokenizer", str(tmp_path / "tokenizer"), "--output"]
+
+
+KILLED_RUN = """
+import os, signal, sys
+import uc2.word_alignment as word_alignment
+
+# Dies at the given call of os.replace, by which every file gets its name.
+replace, calls = os.replace, int(sys.argv[1])
+def dying_replace(*names):
+    global calls
+    calls -= 1
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+os.replace = dying_replace
+word_alignment.main(sys.argv[2:])
+"""
+
+
+def test_killed_and_started_again_the_result_is_the_same(command, tmp_path):
+    """SIGKILL when settings, a language's links and the output are about to get their names."""
+    main([*command, str(tmp_path / "whole.jsonl")])
+    target = tmp_path / "killed.jsonl"
+    for call in ("1", "3", "2"):  # 1: settings; 3: French, German done; 2: the output, French done
+        run = [sys.executable, "-c", KILLED_RUN, call, *command, str(target)]
+        killed = subprocess.run(run, cwd=ROOT, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL and not target.exists(), killed.stderr
+    assert sorted(path.name for path in (tmp_path / "killed.jsonl.work").iterdir() if path.suffix == ".jsonl") == [
+        "de.jsonl",
+        "fr.jsonl",
+    ]
+    main([*command, str(target)])
+    assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".killed", "killed.jsonl.work"))]
+
+
+def test_two_processes_give_the_same_bytes(command, tmp_path):
+    main([*command, str(tmp_path / "one.jsonl")])
+    main([*command, str(tmp_path / "two.jsonl"), "--num_processes", "2"])
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+
+
+def test_unfinished_work_of_other_options_is_refused(tokenizer, tmp_path):
+    source, work = tmp_path / "captions.jsonl", tmp_path / "out.jsonl.work"
+    source.write_text("".join(json.dumps(row) + "\n" for row in caption_rows()))
+    work.mkdir()
+    (work / "settings.json").write_text('{"iterations": 4}')
+    with pytest.raises(ValueError, match="other options"):
+        main(["--input", str(source), "--output", str(tmp_path / "out.jsonl"), "--tokenizer", "unread"])
 
 
 def test_training_on_a_part_of_the_pairs_still_aligns_all(tokenizer):

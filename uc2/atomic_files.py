@@ -1,5 +1,6 @@
 """Files and directories that appear whole or not at all: written beside their place, then renamed."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -42,6 +43,13 @@ def atomic_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Ite
         _move_into_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Removes what killed writers of `path` left beside it. Only where nobody else is writing `path`."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _is_occupied(path: Path) -> bool:

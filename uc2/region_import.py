@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from uc2.atomic_files import remove_leftovers
 from uc2.data_error import DataError, Found
 from uc2.region_import_files import image_files, read_image_files, read_volta_h5
 from uc2.region_import_lmdb import count_entries, read_uniter_lmdb, read_volta_lmdb
@@ -84,6 +85,7 @@ def import_regions(
             raise DataError(
                 file=path, found=Found("no such file"), expected=f"regions in the format {format}"
             )
+    remove_leftovers(output)
     options, total = options or RecordOptions(), chosen.count(inputs) if chosen.count else None
     with tqdm(chosen.read(inputs, **format_options), total=total, unit="image", desc=format) as records:
         return write_region_store(

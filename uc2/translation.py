@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 
 from uc2.arguments import parse
-from uc2.atomic_files import atomic_file
+from uc2.atomic_files import atomic_file, remove_leftovers
 from uc2.object_labels import load_object_labels
 from uc2.rows import write_jsonl
 from uc2.translation_filters import rejection
 from uc2.translation_models import DTYPES, Throughput, Translator
 from uc2.translation_sources import CaptionSource
-from uc2.translation_work import TranslationReport, TranslationWork, remove_leftovers
+from uc2.translation_work import TranslationReport, TranslationWork
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,8 @@ def translate_captions(args: TranslationArguments, rank: int = 0, processes: int
 def _merge(args: TranslationArguments, work: TranslationWork) -> None:
     """Writes the corpus, its report and what was left out; the corpus last, as the sign that all is done."""
     output = Path(args.output)
-    remove_leftovers(output.parent, f".{output.stem}.*.tmp")
+    for path in (output, _beside(output, "rejected.jsonl"), _beside(output, "report.json")):
+        remove_leftovers(path)
     report = TranslationReport(args.languages)
     merged = write_jsonl(work.merged_rows(report), work.directory / "merged.jsonl")
     write_jsonl(work.rejected(), _beside(output, "rejected.jsonl"))
@@ -281,7 +282,8 @@ def translate_labels(args: TranslationArguments) -> None:
                 name if name in fallbacks[language] else found[name]["translation"] for name in names
             ]
     translators.print_summary()
-    remove_leftovers(Path(args.output).parent, f".{Path(args.output).stem}.*.tmp")
+    for path in (Path(args.output), _beside(Path(args.output), "report.json")):
+        remove_leftovers(path)
     _write_json(
         {"settings": args.settings(), "fallbacks": fallbacks}, _beside(Path(args.output), "report.json")
     )

@@ -12,13 +12,12 @@ neither kills nor the number of processes change a byte of the result.
 
 import itertools
 import json
-import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-from uc2.atomic_files import atomic_directory
+from uc2.atomic_files import atomic_directory, remove_leftovers
 from uc2.rows import write_jsonl
 from uc2.translation_sources import ExistingTranslations
 
@@ -49,7 +48,7 @@ class TranslationWork:
             rows: parallel caption rows, read once.
             existing: {language: CaptionSource} of translations people already have.
         """
-        remove_leftovers(self.directory, ".plan.*.tmp")
+        remove_leftovers(self.directory / "plan")
         with atomic_directory(self.directory / "plan") as plan:
             with closing(sqlite3.connect(plan / "sentences.sqlite", isolation_level=None)) as database:
                 database.execute("BEGIN")
@@ -104,7 +103,7 @@ class TranslationWork:
         for language, unit, result in self.units()[rank::processes]:
             if not result.exists():
                 result.parent.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(result.parent, f".{result.name}.*.tmp")
+                remove_leftovers(result)
                 rows = list(read_jsonl(unit))
                 translations = translate(language, [row["text"] for row in rows])
                 write_jsonl((row | found for row, found in zip(rows, translations, strict=True)), result)
@@ -179,12 +178,6 @@ class TranslationReport:
 
     def as_dict(self) -> dict:
         return {"rows": self.rows, "joined_captions": self.joined, "languages": self.languages}
-
-
-def remove_leftovers(directory: Path, pattern: str) -> None:
-    """Removes files and directories that a killed process was still writing."""
-    for path in directory.glob(pattern):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:

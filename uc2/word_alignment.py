@@ -3,16 +3,24 @@
 Links join *units*: whitespace words, or sub-words in languages written without spaces (`alignment_units`).
 
     python -m uc2.word_alignment --input captions.jsonl --output aligned.jsonl --tokenizer xlm-roberta-base
+
+Killed at any moment and started again with the same options, it goes on with the languages that are not done;
+the result does not change by a byte. `aligned.jsonl.work/` holds the finished languages until the end.
 """
 
 import argparse
 import itertools
+import json
 import logging
+import multiprocessing
 import os
 import re
-import tempfile
+import shutil
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,6 +28,7 @@ from thot.alignment import FastAlignModel, SymmetrizationHeuristic, SymmetrizedA
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from uc2.atomic_files import atomic_file, remove_leftovers
 from uc2.data_error import DataError
 from uc2.rows import load_parallel_captions, write_jsonl
 
@@ -141,30 +150,75 @@ def align_captions(
 ) -> datasets.Dataset:
     """The parallel caption rows with an `alignment` for every caption beside one in the pivot language.
 
-    Languages are done one after another, each by a model trained on at most `max_training_pairs` pairs spread
-    evenly over the rows (about 6 kB of memory per pair), so that memory does not grow with the corpus.
-    Alignments already there are kept.
-
     Args:
         rows: from `uc2.rows.load_parallel_captions`.
-        cache_dir: where the Arrow files of the result go; None = the cache of `datasets`.
+        max_training_pairs, iterations: see `language_links`, which does one language after another.
+        cache_dir: where the Arrow file of the result goes; None = the cache of `datasets`.
     Raises:
         DataError: no caption in the pivot language.
     """
+    options = {"max_training_pairs": max_training_pairs, "iterations": iterations}
+    links = {
+        language: list(language_links(rows, tokenizer, language, pivot=pivot, **options))
+        for language in _languages_beside(pivot, rows)
+    }
+
+    def add(batch: dict, indices: list[int]) -> dict:
+        alignments = zip(indices, batch["alignment"], strict=True)
+        return {
+            "alignment": [dict(there) | {code: links[code][i] for code in links} for i, there in alignments]
+        }
+
+    return rows.map(
+        add,
+        batched=True,
+        with_indices=True,
+        cache_file_name=cache_dir and os.path.join(cache_dir, "aligned.arrow"),
+        load_from_cache_file=False,
+        new_fingerprint=uuid.uuid4().hex[:16],  # `links` may be too large to hash
+    )
+
+
+def _languages_beside(pivot: str, rows: datasets.Dataset) -> list[str]:
     languages = list(rows.features["captions"])
     if pivot not in languages:
         expected = f"captions in the pivot language '{pivot}'"
         raise DataError(field="captions", found=languages, expected=expected)
-    for language in languages:
-        if language != pivot:
-            missing = _rows_to_align(rows, pivot, language)
-            if len(missing):
-                logger.info("%s-%s: aligning %d caption pairs", pivot, language, len(missing))
-                chosen = missing[:: -(-len(missing) // max_training_pairs)]
-                pairs = _training_pairs(rows, chosen, pivot, language, tokenizer)
-                aligner = WordAligner(pairs, iterations=iterations)
-                rows = _add_alignment(rows, aligner, pivot, language, tokenizer, cache_dir)
-    return rows
+    return [language for language in languages if language != pivot]
+
+
+def language_links(
+    rows: datasets.Dataset,
+    tokenizer,
+    language: str,
+    *,
+    pivot: str = "en",
+    max_training_pairs: int = 200_000,
+    iterations: int = 5,
+) -> Iterator[str | None]:
+    """For every row the links of one language's caption; None where it or the pivot's is missing.
+
+    The model is trained on at most `max_training_pairs` pairs spread evenly over the rows (about 6 kB of memory
+    per pair), so that memory does not grow with the corpus. Alignments already there are kept.
+    """
+    missing = _rows_to_align(rows, pivot, language)
+    if not len(missing):
+        yield from itertools.chain.from_iterable(
+            (there[language] for there in batch["alignment"])
+            for batch in rows.select_columns("alignment").iter(CHUNK)
+        )
+        return
+    logger.info("%s-%s: aligning %d caption pairs", pivot, language, len(missing))
+    chosen = missing[:: -(-len(missing) // max_training_pairs)]
+    aligner = WordAligner(_training_pairs(rows, chosen, pivot, language, tokenizer), iterations=iterations)
+    for batch in rows.select_columns(["captions", "alignment"]).iter(CHUNK):
+        links = [there[language] for there in batch["alignment"]]
+        both = enumerate(zip(batch["captions"], batch["alignment"], strict=True))
+        wanted = [i for i, (captions, there) in both if _needs_alignment(captions, there, pivot, language)]
+        pairs = [_unit_pair(batch["captions"][i], pivot, language, tokenizer) for i in wanted]
+        for i, pair, found in zip(wanted, pairs, aligner(pairs), strict=True):
+            links[i] = _without_lone_pieces(found, pair)
+        yield from links
 
 
 def _needs_alignment(captions: dict, alignment: dict, pivot: str, language: str) -> bool:
@@ -193,70 +247,127 @@ def _unit_pair(captions: dict, pivot: str, language: str, tokenizer) -> Pair:
     return tuple(unit_texts(captions[code], code, tokenizer) for code in (pivot, language))
 
 
-def _add_alignment(
-    rows: datasets.Dataset, aligner: WordAligner, pivot: str, language: str, tokenizer, cache_dir: str | None
-) -> datasets.Dataset:
-    def add(batch: dict) -> dict:
-        alignments = [dict(alignment) for alignment in batch["alignment"]]
-        wanted = [
-            (captions, alignment)
-            for captions, alignment in zip(batch["captions"], alignments, strict=True)
-            if _needs_alignment(captions, alignment, pivot, language)
-        ]
-        pairs = [_unit_pair(captions, pivot, language, tokenizer) for captions, _ in wanted]
-        for (_, alignment), pair, links in zip(wanted, pairs, aligner(pairs), strict=True):
-            alignment[language] = _without_lone_pieces(links, pair)
-        return {"alignment": alignments}
-
-    return rows.map(
-        add,
-        batched=True,
-        batch_size=CHUNK,
-        desc=f"{pivot}-{language}: aligning",
-        cache_file_name=cache_dir and os.path.join(cache_dir, f"{language}.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint=uuid.uuid4().hex[:16],  # a trained model cannot be hashed
-    )
-
-
 def _without_lone_pieces(links: str, pair: Pair) -> str:
     """Drop links to the bare word-start piece, which is a unit of unspaced languages but means nothing."""
     pivot, other = pair
     return format_links((i, j) for i, j in parse_links(links) if WORD_START not in (pivot[i], other[j]))
 
 
+# --- command ---
+
+
+class AlignmentWork:
+    """The languages of one output, each a file of links (JSON: a string or null, a line per row).
+
+    Args:
+        args: of the command line, see `_parser`.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.output = args, Path(args.output)
+        self.directory = Path(f"{args.output}.work")
+
+    def start(self) -> None:
+        """Makes the work directory, or checks that the one there belongs to this run.
+
+        Raises:
+            ValueError: it comes from other options or other input files.
+        """
+        record = self.directory / "settings.json"
+        settings = {k: v for k, v in vars(self.args).items() if k not in ("output", "num_processes")}
+        files = [file for file in self.args.input if os.path.isfile(file)]
+        settings["files"] = [[os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
+        if not record.exists():
+            remove_leftovers(record)
+            with atomic_file(record) as temporary:
+                temporary.write_text(json.dumps(settings))
+        elif json.loads(record.read_text()) != settings:
+            raise ValueError(f"{self.directory} is of a run with other options or input; remove it")
+
+    def links_file(self, language: str) -> Path:
+        return self.directory / f"{language}.jsonl"
+
+    def align(self, rows: datasets.Dataset, languages: Sequence[str]) -> None:
+        """Writes the links of those languages that have none yet."""
+        tokenizer = AutoTokenizer.from_pretrained(self.args.tokenizer)
+        options = {name: getattr(self.args, name) for name in ("pivot", "max_training_pairs", "iterations")}
+        for language in languages:
+            if not self.links_file(language).exists():
+                remove_leftovers(self.links_file(language))
+                links = language_links(rows, tokenizer, language, **options)
+                with atomic_file(self.links_file(language)) as temporary, open(temporary, "w") as stream:
+                    stream.writelines(json.dumps(found) + "\n" for found in links)
+
+    def align_in_processes(self, rows: datasets.Dataset, languages: Sequence[str]) -> None:
+        """`align` with each `num_processes`-th language in a process of its own."""
+        context = multiprocessing.get_context("spawn")
+        shares = [languages[rank :: self.args.num_processes] for rank in range(self.args.num_processes)]
+        processes = [context.Process(target=_align_share, args=(self, rows, share)) for share in shares if share]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError("A process failed (see above); start again with the same command to continue.")
+
+    def finish(self, rows: datasets.Dataset, languages: Sequence[str]) -> None:
+        """Joins the rows and the links of all languages, and removes the work directory."""
+        remove_leftovers(self.output)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(self.links_file(language))) for language in languages]
+            write_jsonl(_joined(rows, languages, files), self.output)
+        shutil.rmtree(self.directory)
+
+
+def _align_share(work: AlignmentWork, rows: datasets.Dataset, languages: Sequence[str]) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    logging.basicConfig(level=logging.INFO)
+    work.align(rows, languages)
+
+
+def _exit_with_parent() -> None:
+    """Without this, a killed command would leave processes that write beside its successor's."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _joined(rows: datasets.Dataset, languages: Sequence[str], files: Sequence[Iterable[str]]) -> Iterator[dict]:
+    lines = zip(rows, *files, strict=True)
+    for row, *links in tqdm(lines, total=len(rows), desc="writing", unit="row"):
+        found = dict(zip(languages, map(json.loads, links), strict=True))
+        alignment = _present(row["alignment"] | found)
+        yield row | {"captions": _present(row["captions"]), "alignment": alignment}
+
+
 def _present(values: dict) -> dict:
     return {language: value for language, value in values.items() if value is not None}
 
 
-def main(argv: list[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uc2.word_alignment", description=__doc__.splitlines()[0])
     parser.add_argument("--input", nargs="+", required=True, help="parallel captions")
     parser.add_argument("--output", required=True, help="JSON Lines file to write, with alignments")
     parser.add_argument("--pivot", default="en", help="language that the others are aligned to")
     parser.add_argument("--tokenizer", required=True, help="gives the units of unspaced languages")
-    parser.add_argument("--max_training_pairs", type=int, default=200_000, help="per language")
+    parser.add_argument("--max_training_pairs", type=int, default=200_000, help="per language; about 6 kB each")
     parser.add_argument("--iterations", type=int, default=5, help="EM steps per direction")
-    args = parser.parse_args(argv)
+    parser.add_argument("--num_processes", type=int, default=1, help="languages aligned at the same time")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO)
+    if args.num_processes < 1:
+        raise ValueError(f"--num_processes is {args.num_processes}; expected at least 1")
     rows = load_parallel_captions(args.input)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    with tempfile.TemporaryDirectory() as cache_dir:
-        aligned = align_captions(
-            rows,
-            tokenizer,
-            pivot=args.pivot,
-            max_training_pairs=args.max_training_pairs,
-            iterations=args.iterations,
-            cache_dir=cache_dir,
-        )
-        write_jsonl(
-            (
-                row | {"captions": _present(row["captions"]), "alignment": _present(row["alignment"])}
-                for row in tqdm(aligned, desc="writing", unit="row")
-            ),
-            args.output,
-        )
+    languages, work = _languages_beside(args.pivot, rows), AlignmentWork(args)
+    work.start()
+    if args.num_processes > 1:
+        work.align_in_processes(rows, languages)
+    else:
+        work.align(rows, languages)
+    work.finish(rows, languages)
 
 
 if __name__ == "__main__":
