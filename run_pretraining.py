@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from transformers import AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from modeling_uc2 import UC2Config, UC2ForPreTraining
 from processing_uc2 import UC2Processor
 from uc2.arguments import parse
+from uc2.atomic_files import atomic_file
+from uc2.checkpoints import checkpoint_to_resume, saved_history
 from uc2.collator import UC2DataCollator
 from uc2.early_adaptation import adapt_region_encoder
 from uc2.model_card import write_model_card
@@ -33,16 +33,20 @@ from uc2.pretraining_data import PretrainingDataset
 from uc2.pretraining_report import chance_accuracies, evaluate_zero_shot_retrieval, report_table
 from uc2.region_store import RegionStore
 from uc2.rows import check_images_in_store, load_parallel_captions
+from uc2.script_errors import told_in_one_sentence
 from uc2.trainer import UC2Trainer
 from uc2.visualization import training_curves
-
-logger = logging.get_logger(__name__)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Parse, build, adapt, train, evaluate, save, report. Returns the evaluation's metrics."""
     kinds = (ModelArguments, DataArguments, EarlyAdaptationArguments, ReportArguments, PretrainingArguments)
-    model_args, data_args, ea_args, report_args, args = parse(kinds, sys.argv[1:] if argv is None else argv)
+    arguments = parse(kinds, sys.argv[1:] if argv is None else argv)
+    with told_in_one_sentence():
+        return run(*arguments)
+
+
+def run(model_args, data_args, ea_args, report_args, args: PretrainingArguments) -> dict[str, float]:
     set_seed(args.seed)
 
     store = RegionStore(data_args.region_store)
@@ -60,10 +64,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for name, rows in captions.items()
     }
 
-    checkpoint = find_checkpoint(args)
+    checkpoint = checkpoint_to_resume(args) if args.do_train else None
     history = []
     if ea_args.ea_steps and checkpoint is None:
         history = run_early_adaptation(model, store, processor, labels, ea_args, args)
+    elif ea_args.ea_steps:
+        history = saved_history(early_adaptation_folder(args))
     trainer = UC2Trainer(
         model=model,
         args=args,
@@ -143,22 +149,14 @@ def build_dataset(rows, store, processor, labels, mix, data_args: DataArguments,
     )
 
 
-def find_checkpoint(args: PretrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one named, else the last in the output folder."""
-    if args.resume_from_checkpoint:
-        return args.resume_from_checkpoint
-    if not args.do_train or not Path(args.output_dir).is_dir():
-        return None
-    last = get_last_checkpoint(args.output_dir)
-    if last is not None:
-        logger.warning(f"Resuming from {last}.")
-    return last
+def early_adaptation_folder(args: PretrainingArguments) -> str:
+    return str(Path(args.output_dir, "early_adaptation"))
 
 
 def run_early_adaptation(model, store, processor, labels, ea_args, args: PretrainingArguments) -> list[dict]:
-    folder = str(Path(args.output_dir, "early_adaptation"))
     settings = {
-        "output_dir": folder,
+        "output_dir": early_adaptation_folder(args),
+        "resume_from_checkpoint": None,
         "max_steps": ea_args.ea_steps,
         "learning_rate": ea_args.ea_learning_rate,
         "per_device_train_batch_size": ea_args.ea_batch_size,
@@ -172,7 +170,6 @@ def run_early_adaptation(model, store, processor, labels, ea_args, args: Pretrai
         "fsdp": None,
     }
     stage_args = dataclasses.replace(args, **settings)
-    resume = Path(folder).is_dir() and get_last_checkpoint(folder) is not None
     return adapt_region_encoder(
         model,
         store,
@@ -181,7 +178,6 @@ def run_early_adaptation(model, store, processor, labels, ea_args, args: Pretrai
         languages=ea_args.ea_languages,
         args=stage_args,
         temperature=ea_args.ea_temperature,
-        resume=resume,
     )
 
 
@@ -210,7 +206,8 @@ def report(trainer, metrics, ea_history, data_args, ea_args, args) -> None:
     """results.json, curves.png and the model card in the output folder, and the table on the screen."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    Path(folder, "results.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    with atomic_file(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     training_curves(trainer.state.log_history, Path(folder, "curves.png"), early_adaptation=ea_history)
     write_model_card(
         folder,

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, TrainerState, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from modeling_uc2 import UC2ForPreTraining, UC2ForRetrieval
 from processing_uc2 import UC2Processor
 from uc2.arguments import parse
+from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
 from uc2.model_card import write_model_card
@@ -39,9 +38,8 @@ from uc2.retrieval_report import (
 )
 from uc2.retrieval_training import HardNegativesCallback, RetrievalTrainer
 from uc2.scoring import PRECISIONS
+from uc2.script_errors import told_in_one_sentence
 from uc2.visualization import training_curves
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -136,10 +134,8 @@ def main(argv: list[str] | None = None) -> dict:
     """Train, evaluate and report, or search. Returns the results (or the hits)."""
     kinds = (DataArguments, LossArguments, ScoringArguments, SearchArguments, RetrievalTrainingArguments)
     arguments = parse(kinds, sys.argv[1:] if argv is None else argv)
-    try:
+    with told_in_one_sentence():
         return run(*arguments)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def run(
@@ -274,11 +270,8 @@ def build_trainer(
 
 def train(trainer: RetrievalTrainer, args) -> None:
     """Train from the checkpoint named, else from the last one in the output folder, else from the start."""
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is None and Path(args.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(args.output_dir)
+    checkpoint = checkpoint_to_resume(args)
     if checkpoint is not None:
-        logger.warning(f"Resuming from {checkpoint}.")
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, HardNegativesCallback):
                 callback.load(checkpoint)

@@ -17,23 +17,21 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from modeling_uc2 import UC2ForVQA
 from processing_uc2 import UC2Processor
 from uc2.arguments import parse
+from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
 from uc2.model_card import write_model_card
 from uc2.region_store import RegionStore
+from uc2.script_errors import told_in_one_sentence
 from uc2.visualization import training_curves
 from uc2.vqa import build_answer_vocabulary, shared_answer_vocabulary
 from uc2.vqa_data import VQADataset, load_questions_of
 from uc2.vqa_report import card_results, format_table, write_results, write_submission
 from uc2.vqa_training import VQATrainer, evaluate_dataset
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -102,10 +100,8 @@ class VQATrainingArguments(TrainingArguments):
 def main(argv: list[str] | None = None) -> dict:
     """Train, answer, report. Returns the results."""
     arguments = parse((DataArguments, VQATrainingArguments), sys.argv[1:] if argv is None else argv)
-    try:
+    with told_in_one_sentence():
         return run(*arguments)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def run(data: DataArguments, args: VQATrainingArguments) -> dict:
@@ -265,12 +261,7 @@ def load_model(name_or_path: str, store: RegionStore, vocabulary: list[str] | No
 
 def train(trainer: VQATrainer, args: VQATrainingArguments) -> None:
     """Train from the checkpoint named, else from the last one in the output folder, else from the start."""
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is None and Path(args.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(args.output_dir)
-    if checkpoint is not None:
-        logger.warning(f"Resuming from {checkpoint}.")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model()
     trainer.save_state()
 

@@ -144,7 +144,7 @@ def test_a_bad_row_stops_before_the_first_step(tiny_corpus, tmp_path):
     captions.write_text("\n".join(rows), encoding="utf-8")
     arguments = flags(tiny_corpus, tmp_path / "out")
     arguments[arguments.index("--train_file") + 1] = str(captions)
-    with pytest.raises(ValueError, match="captions.jsonl, row 3, field 'image_id'"):
+    with pytest.raises(SystemExit, match="captions.jsonl, row 3, field 'image_id'"):
         run_pretraining.main(arguments)
     assert not (tmp_path / "out").exists()
 

@@ -261,8 +261,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(folder, tiny_corpu
         return outputs
 
     monkeypatch.setattr(UC2ForVQA, "forward", poisoned)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 0.*Images of the batch: image\d+"):
+    with pytest.raises(SystemExit, match=r"loss is nan at step 0.*non_finite_batch_step0.json"):
         main(flags(folder, tiny_corpus, tmp_path / "out"))
+    saved = json.loads((tmp_path / "out" / "non_finite_batch_step0.json").read_text())
+    assert saved["image_ids"] and all(name.startswith("image") for name in saved["image_ids"])
     assert not (tmp_path / "out" / "results.json").exists()
 
 

@@ -147,7 +147,7 @@ def test_non_finite_loss_stops_and_names_the_images(tiny_corpus, tmp_path):
     with pytest.raises(FloatingPointError, match="non_finite_batch_step0.json"):
         trainer.train()
     saved = json.loads((tmp_path / "non_finite_batch_step0.json").read_text())
-    assert len(saved["image_ids"]) == 4 and all(name.startswith("image") for name in saved["image_ids"])
+    assert 0 < len(saved["image_ids"]) <= 4 and all(name.startswith("image") for name in saved["image_ids"])
 
 
 @pytest.mark.parametrize(

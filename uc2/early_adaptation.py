@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from modeling_uc2 import UC2PreTrainedModel
 
+from .checkpoints import WholeCheckpoints, checkpoint_to_resume
 from .object_labels import LabelTokens
 
 
@@ -104,15 +105,17 @@ def adapt_region_encoder(
     languages: list[str],
     args: TrainingArguments,
     temperature: float = 1.0,
-    resume: bool = False,
 ) -> list[dict]:
-    """Runs the EA stage in place and returns its log history; `args.output_dir` holds its checkpoints."""
+    """Runs the EA stage in place and returns its log history.
+
+    `args.output_dir` holds the stage's checkpoints; it goes on from the last one.
+    """
     stage = EarlyAdaptationModel(model, labels, languages, temperature)
-    trainer = Trainer(
+    trainer = WholeCheckpoints(
         model=stage,
         args=args,
         train_dataset=EarlyAdaptationDataset(region_store, processor, labels.num_classes),
         data_collator=concatenate_regions,
     )
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     return trainer.state.log_history

@@ -79,7 +79,8 @@ class RetrievalDataset:
         return 1 + self.num_negative_images + self.num_negative_captions
 
     def __getitem__(self, key: int) -> list[dict[str, np.ndarray]]:
-        """The encoded pairs, each with `input_ids (l,)`, `region_features (n, F)`, `region_boxes (n, 4)`."""
+        """The encoded pairs, each with `input_ids (l,)`, `region_features (n, F)`, `region_boxes (n, 4)` and
+        `example_id`, the index of its image in `image_ids`."""
         row = int(key) % len(self)
         images, rows = self.draw_negatives(int(key))
         text, regions = self._encode_text(row), self._encode_image(self.image_of_row[row])
@@ -148,7 +149,7 @@ class RetrievalDataset:
         return {"input_ids": np.array(ids, np.int64)}
 
     def _encode_image(self, image: int) -> dict[str, np.ndarray]:
-        return self.processor.encode_regions(self.store[self.image_ids[image]])
+        return {"example_id": int(image), **self.processor.encode_regions(self.store[self.image_ids[image]])}
 
 
 def _draw(

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from uc2.atomic_files import atomic_file
+from uc2.checkpoints import WholeCheckpoints
+from uc2.non_finite import check_finite
 from uc2.retrieval_data import RetrievalDataset
 from uc2.sampling import EpochBatchSampler, SetEpochCallback
 from uc2.scoring import score_matrix
@@ -18,7 +20,7 @@ from uc2.scoring import score_matrix
 HARD_NEGATIVES_FILE = "hard_negatives.npz"
 
 
-class RetrievalTrainer(Trainer):
+class RetrievalTrainer(WholeCheckpoints):
     """Trains `UC2ForRetrieval` on groups of a `RetrievalDataset`; a batch holds `batch size` groups.
 
     Args:
@@ -53,6 +55,19 @@ class RetrievalTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        images = inputs.pop("example_ids")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        image_ids = (self.train_dataset.image_ids[image] for image in images.tolist())
+        check_finite(loss, image_ids, self.state.global_step, self.args)
+        return (loss, outputs) if return_outputs else loss
+
+    def save_extras(self, checkpoint: Path) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, HardNegativesCallback):
+                callback.save(checkpoint)
 
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
@@ -112,11 +127,10 @@ class HardNegativesCallback(TrainerCallback):
         rows = rng.choice(len(self.dataset), min(self.pool_size, len(self.dataset)), replace=False)
         mine_hard_negatives(model, self.dataset, np.sort(rows), **self.scoring_options)
 
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            path = Path(args.output_dir, f"checkpoint-{state.global_step}", HARD_NEGATIVES_FILE)
-            with atomic_file(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, images=self.dataset.hard_images.numpy(), rows=self.dataset.hard_rows.numpy())
+    def save(self, checkpoint: Path) -> None:
+        path = Path(checkpoint, HARD_NEGATIVES_FILE)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, images=self.dataset.hard_images.numpy(), rows=self.dataset.hard_rows.numpy())
 
     def load(self, checkpoint: str) -> None:
         """Go on with what had been mined at `checkpoint`; nothing, if that run did not mine."""

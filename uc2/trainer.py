@@ -1,14 +1,12 @@
 """Training with the Hugging Face Trainer: per-objective losses that add up exactly, over any split of a batch."""
 
-import json
-from pathlib import Path
-
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from modeling_uc2.configuration_uc2 import OBJECTIVES, TEXT_OBJECTIVES
 
+from .checkpoints import WholeCheckpoints
+from .non_finite import check_finite
 from .sampling import EpochBatchSampler, SetEpochCallback
 
 IGNORED = -100
@@ -35,7 +33,7 @@ def count_items(batch: dict) -> torch.LongTensor:
     return counts
 
 
-class UC2Trainer(Trainer):
+class UC2Trainer(WholeCheckpoints):
     """Pre-trains `UC2ForPreTraining` on mixed batches of a `PretrainingDataset`.
 
     Each objective's loss is the mean over its own targets of the whole update: all micro-batches, all processes.
@@ -120,22 +118,11 @@ class UC2Trainer(Trainer):
             model, model_inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if model.training:
-            if not torch.isfinite(loss):
-                self._refuse_batch(inputs, loss)
+            image_ids = (self.train_dataset.image_id(key) for key in inputs["example_ids"].tolist())
+            check_finite(loss, image_ids, self.state.global_step, self.args)
             self._running[0] += outputs.objective_loss.double().cpu()
             self._running[1] += outputs.objective_items.double().cpu()
         return (loss, outputs) if return_outputs else loss
-
-    def _refuse_batch(self, inputs: dict, loss: torch.Tensor) -> None:
-        """Stops before a non-finite loss reaches the weights, and leaves the batch's images behind in a file."""
-        image_ids = [self.train_dataset.image_id(key) for key in inputs["example_ids"].tolist()]
-        path = Path(self.args.output_dir, f"non_finite_batch_step{self.state.global_step}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"step": self.state.global_step, "image_ids": image_ids}), encoding="utf-8")
-        raise FloatingPointError(
-            f"The loss is {loss.item()} at step {self.state.global_step}; the batch's image ids are in {path}. "
-            "The last checkpoint is untouched."
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `loss_<objective>` and `items_<objective>` since the last log line, over all processes."""

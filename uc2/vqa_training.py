@@ -4,14 +4,15 @@ from collections.abc import Mapping
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
+from uc2.checkpoints import WholeCheckpoints
+from uc2.non_finite import check_finite
 from uc2.sampling import EpochBatchSampler, SetEpochCallback
 from uc2.vqa import evaluate_answers
 from uc2.vqa_data import VQADataset
 
 
-class VQATrainer(Trainer):
+class VQATrainer(WholeCheckpoints):
     """Trains `UC2ForVQA`; the loss is the mean over the questions of the whole update, on all processes.
 
     Args:
@@ -57,15 +58,10 @@ class VQATrainer(Trainer):
         return self.accelerator.reduce(questions, reduction="sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        keys = inputs["example_ids"]
+        image_ids = (self.train_dataset.image_id(key) for key in inputs["example_ids"].tolist())
         inputs = {name: value for name, value in inputs.items() if name != "example_ids"}
         outputs = model(**inputs)
-        if not torch.isfinite(outputs.loss):
-            images = {self.train_dataset.image_id(key) for key in keys.tolist()}
-            raise FloatingPointError(
-                f"The loss is {outputs.loss.item()} at step {self.state.global_step}; the last checkpoint is"
-                f" untouched. Images of the batch: {', '.join(sorted(images))}."
-            )
+        check_finite(outputs.loss, image_ids, self.state.global_step, self.args)
         # The model gives the mean of its micro-batch, and processes average their gradients.
         share = len(inputs["labels"]) * self.accelerator.num_processes / num_items_in_batch
         loss = outputs.loss * share
