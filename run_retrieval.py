@@ -26,6 +26,7 @@ from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
 from uc2.model_card import write_model_card
+from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
 from uc2.retrieval import search, search_captions
 from uc2.retrieval_data import RetrievalCollator, RetrievalDataset, load_captions_of, load_test_sets
@@ -132,14 +133,26 @@ class RetrievalTrainingArguments(TrainingArguments):
 
 def main(argv: list[str] | None = None) -> dict:
     """Train, evaluate and report, or search. Returns the results (or the hits)."""
-    kinds = (DataArguments, LossArguments, ScoringArguments, SearchArguments, RetrievalTrainingArguments)
+    kinds = (
+        DataArguments,
+        LossArguments,
+        LoraArguments,
+        ScoringArguments,
+        SearchArguments,
+        RetrievalTrainingArguments,
+    )
     arguments = parse(kinds, sys.argv[1:] if argv is None else argv)
     with told_in_one_sentence():
         return run(*arguments)
 
 
 def run(
-    data: DataArguments, loss: LossArguments, scoring: ScoringArguments, find: SearchArguments, args
+    data: DataArguments,
+    loss: LossArguments,
+    lora: LoraArguments,
+    scoring: ScoringArguments,
+    find: SearchArguments,
+    args,
 ) -> dict:
     set_seed(args.seed)
     store = RegionStore(data.region_stores)
@@ -161,6 +174,9 @@ def run(
     test_sets = load_test_sets(eval_files, store, data.eval_languages, eval_folds)
     processor = load_processor(data.model_name_or_path, store)
     model = load_model(data.model_name_or_path, store, fine_tune=captions is not None, margin=loss.margin)
+    if captions is not None:
+        model = add_adapters(model, lora, args)
+    adapters = describe_adapters(model, lora)
     evaluate = partial(
         evaluate_retrieval, processor=processor, store=store, test_sets=test_sets, **scoring_options
     )
@@ -178,7 +194,7 @@ def run(
             progress=True,
         )
     if trainer.is_world_process_zero():
-        report(trainer, results, data, loss, scoring, args)
+        report(trainer, results, data, loss, adapters, scoring, args)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub(commit_message="UC2 retrieval")
@@ -281,6 +297,7 @@ def train(trainer: RetrievalTrainer, args) -> None:
         if trainer.is_world_process_zero():
             shutil.rmtree(Path(args.output_dir, "scoring"), ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
+    merge_adapters(trainer)
     trainer.save_model()
     trainer.save_state()
 
@@ -289,7 +306,7 @@ def step_of(checkpoint: str) -> int:
     return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
 
 
-def report(trainer, results: dict, data, loss, scoring, args) -> None:
+def report(trainer, results: dict, data, loss, adapters: dict, scoring, args) -> None:
     """The table on the screen; results, curves and model card in the output folder."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,6 +336,7 @@ def report(trainer, results: dict, data, loss, scoring, args) -> None:
             "negative_images": loss.num_negative_images,
             "negative_captions": loss.num_negative_captions,
             "hard_negatives": loss.hard_negatives,
+            **adapters,
             "learning_rate": args.learning_rate,
             "optimiser_steps": trainer.state.global_step,
             "pairs_per_batch": args.per_device_train_batch_size,

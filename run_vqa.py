@@ -25,6 +25,7 @@ from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
 from uc2.model_card import write_model_card
+from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
 from uc2.script_errors import told_in_one_sentence
 from uc2.visualization import training_curves
@@ -99,12 +100,12 @@ class VQATrainingArguments(TrainingArguments):
 
 def main(argv: list[str] | None = None) -> dict:
     """Train, answer, report. Returns the results."""
-    arguments = parse((DataArguments, VQATrainingArguments), sys.argv[1:] if argv is None else argv)
+    arguments = parse((DataArguments, LoraArguments, VQATrainingArguments), sys.argv[1:] if argv is None else argv)
     with told_in_one_sentence():
         return run(*arguments)
 
 
-def run(data: DataArguments, args: VQATrainingArguments) -> dict:
+def run(data: DataArguments, lora: LoraArguments, args: VQATrainingArguments) -> dict:
     set_seed(args.seed)
     eval_files = parse_eval_files(data.eval_files)
     if not data.train_files and not eval_files:
@@ -120,6 +121,9 @@ def run(data: DataArguments, args: VQATrainingArguments) -> dict:
     processor = load_processor(data.model_name_or_path, store)
     vocabulary = None if questions is None else choose_vocabulary(questions, data)
     model = load_model(data.model_name_or_path, store, vocabulary)
+    if questions is not None:
+        model = add_adapters(model, lora, args)
+    adapters = describe_adapters(model, lora)
     train_dataset = None
     if questions is not None:
         train_dataset = VQADataset(
@@ -158,7 +162,7 @@ def run(data: DataArguments, args: VQATrainingArguments) -> dict:
     if train_dataset is not None:
         results["answer_coverage"] = train_dataset.answer_coverage()
     if trainer.is_world_process_zero():
-        report(trainer, results, predictions, eval_datasets, data, args)
+        report(trainer, results, predictions, eval_datasets, data, adapters, args)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub(commit_message="UC2 visual question answering")
@@ -262,11 +266,14 @@ def load_model(name_or_path: str, store: RegionStore, vocabulary: list[str] | No
 def train(trainer: VQATrainer, args: VQATrainingArguments) -> None:
     """Train from the checkpoint named, else from the last one in the output folder, else from the start."""
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    merge_adapters(trainer)
     trainer.save_model()
     trainer.save_state()
 
 
-def report(trainer, results: dict, predictions: dict, eval_datasets: dict, data: DataArguments, args) -> None:
+def report(
+    trainer, results: dict, predictions: dict, eval_datasets: dict, data: DataArguments, adapters: dict, args
+) -> None:
     """The table on the screen; predictions, results, curves and model card in the output folder."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,6 +305,7 @@ def report(trainer, results: dict, predictions: dict, eval_datasets: dict, data:
         hyperparameters={
             "base_model": data.model_name_or_path,
             "answer_vocabulary": data.answer_vocabulary,
+            **adapters,
             "learning_rate": args.learning_rate,
             "optimiser_steps": trainer.state.global_step,
             "tokens_per_batch": data.tokens_per_batch or None,
