@@ -68,8 +68,8 @@ def run(task: str, base: Path, tiny_corpus, output: Path, *extra) -> dict:
     }[task]
     words = [
         "--model", base / "model", "--region_store", tiny_corpus.regions, "--output_dir", output,
-        "--train_files", rows, "--eval_files", f"toy={rows}", "--learning_rate", 5e-3, "--max_steps", 6, "--save_steps", 3, "--seed", 1,
-        "--disable_tqdm", "true", *own, *extra,
+        "--train_files", rows, "--eval_files", f"toy={rows}", "--learning_rate", 5e-3, "--max_steps", 6,
+        "--save_steps", 3, "--seed", 1, "--disable_tqdm", "true", *own, *extra,
     ]  # fmt: skip
     script = {"retrieval": run_retrieval, "vqa": run_vqa}[task]
     return script.main([str(word) for word in words])
