@@ -258,7 +258,6 @@ class UC2LMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.layer_norm(F.gelu(self.dense(hidden_states))))
@@ -310,7 +309,7 @@ class UC2PreTrainedModel(PreTrainedModel):
         elif isinstance(module, UC2TextEmbeddings) and self.config.position_initializer_range is not None:
             for table in (module.position_embeddings, module.token_type_embeddings):
                 init.normal_(table.weight, std=self.config.position_initializer_range)
-        elif isinstance(module, UC2LMHead | UC2RegionRegressor):
+        elif isinstance(module, UC2RegionRegressor):
             init.zeros_(module.bias)
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
@@ -359,8 +358,9 @@ class UC2PreTrainedModel(PreTrainedModel):
                 f"{name_or_path} does not fit UC2: missing {fresh}, unexpected {report.unexpected_keys}."
             )
         if hasattr(model, "lm_head"):
-            lm_head = XLMRobertaForMaskedLM.from_pretrained(name_or_path).lm_head
-            model.lm_head.load_state_dict(lm_head.state_dict())
+            weights = XLMRobertaForMaskedLM.from_pretrained(name_or_path).lm_head.state_dict()
+            del weights["bias"]  # a second name of decoder.bias; FSDP2 shards no tensor that two modules hold
+            model.lm_head.load_state_dict(weights)
         model.tie_weights()
         return model
 
@@ -526,10 +526,7 @@ class UC2ForPreTraining(UC2PreTrainedModel):
     that all parameters always have a gradient and data-parallel ranks stay in step.
     """
 
-    _tied_weights_keys = {
-        "lm_head.decoder.weight": "uc2.embeddings.word_embeddings.weight",
-        "lm_head.decoder.bias": "lm_head.bias",
-    }
+    _tied_weights_keys = {"lm_head.decoder.weight": "uc2.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: UC2Config):
         super().__init__(config)

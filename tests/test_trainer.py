@@ -143,7 +143,7 @@ def test_non_finite_loss_stops_and_names_the_images(tiny_corpus, tmp_path):
     trainer = build(tiny_corpus, MIXES[0], tmp_path, max_steps=3, per_device_train_batch_size=4)
     with torch.no_grad():
         trainer.model.itm_head.bias.fill_(float("nan"))
-        trainer.model.lm_head.bias.fill_(float("nan"))
+        trainer.model.lm_head.decoder.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="non_finite_batch_step0.json"):
         trainer.train()
     saved = json.loads((tmp_path / "non_finite_batch_step0.json").read_text())

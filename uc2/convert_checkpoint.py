@@ -57,6 +57,7 @@ ORIGINAL_NAMES = (
     (MASK_EMBEDDING, "roberta.img_embeddings.mask_embedding.weight"),
     ("uc2.region_embeddings.", "roberta.img_embeddings."),
     ("uc2.", "roberta."),
+    ("lm_head.decoder.bias", "cls.bias"),
     ("lm_head.", "cls."),
     ("itm_head.", "itm_output."),
     ("region_classifier.dense.", "region_classifier.net.0."),
@@ -118,7 +119,10 @@ FORMATS = {
         unused=r"vis_cls\.|roberta\.embeddings\.position_ids$",
         optional=frozenset(),
         sublayers_per_layer=1,
-        copies=((r"^feat_regress\.weight$", "roberta.img_embeddings.img_linear.weight"),),
+        copies=(
+            (r"^feat_regress\.weight$", "roberta.img_embeddings.img_linear.weight"),
+            (r"^cls\.decoder\.bias$", "cls.bias"),
+        ),
     ),
     "bert.": Format(
         names=VOLTA_NAMES,
@@ -180,6 +184,8 @@ def convert_to_original(folder: str | Path, head: str, output_dir: str | Path) -
     state = {form.foreign_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     masks = form.foreign_name(MASK_EMBEDDING)
     state[masks] = torch.stack([torch.zeros_like(state[masks]), state[masks]])
+    if "cls.bias" in state:
+        state["cls.decoder.bias"] = state["cls.bias"]
     if "feat_regress.bias" in state:
         state["feat_regress.weight"] = state["roberta.img_embeddings.img_linear.weight"]
     with atomic_directory(output_dir) as target:
