@@ -22,6 +22,7 @@ from uc2.collator import UC2DataCollator
 from uc2.early_adaptation import adapt_region_encoder
 from uc2.model_card import write_model_card
 from uc2.object_labels import LabelTokens, load_object_labels
+from uc2.output_folder import exclusive_output
 from uc2.pretraining_arguments import (
     DataArguments,
     EarlyAdaptationArguments,
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Parse, build, adapt, train, evaluate, save, report. Returns the evaluation's metrics."""
     kinds = (ModelArguments, DataArguments, EarlyAdaptationArguments, ReportArguments, PretrainingArguments)
     arguments = parse(kinds, sys.argv[1:] if argv is None else argv)
-    with told_in_one_sentence():
+    with told_in_one_sentence(), exclusive_output(arguments[-1]):
         return run(*arguments)
 
 

@@ -11,6 +11,7 @@ its image-text matching head. Files (YAML or JSON) and flags may be mixed; flags
 
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
 from uc2.model_card import write_model_card
+from uc2.output_folder import exclusive_output
 from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
 from uc2.retrieval import search, search_captions
@@ -142,7 +144,9 @@ def main(argv: list[str] | None = None) -> dict:
         RetrievalTrainingArguments,
     )
     arguments = parse(kinds, sys.argv[1:] if argv is None else argv)
-    with told_in_one_sentence():
+    *_, find, args = arguments
+    searches = find.search is not None or find.search_image is not None
+    with told_in_one_sentence(), nullcontext() if searches else exclusive_output(args):
         return run(*arguments)
 
 

@@ -25,6 +25,7 @@ from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
 from uc2.model_card import write_model_card
+from uc2.output_folder import exclusive_output
 from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
 from uc2.script_errors import told_in_one_sentence
@@ -101,7 +102,7 @@ class VQATrainingArguments(TrainingArguments):
 def main(argv: list[str] | None = None) -> dict:
     """Train, answer, report. Returns the results."""
     arguments = parse((DataArguments, LoraArguments, VQATrainingArguments), sys.argv[1:] if argv is None else argv)
-    with told_in_one_sentence():
+    with told_in_one_sentence(), exclusive_output(arguments[-1]):
         return run(*arguments)
 
 

@@ -10,12 +10,13 @@ import re
 import shutil
 from pathlib import Path
 
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from uc2.data_error import DataError, Found
+from uc2.hub import PublishingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -25,20 +26,23 @@ UNFINISHED = "_unfinished"
 SET_ASIDE = "_unusable-"
 
 
-class WholeCheckpoints(Trainer):
-    """A Trainer whose checkpoints appear whole or not at all."""
+class ResumableTrainer(PublishingTrainer):
+    """A Trainer that a kill at any moment costs the steps since the last checkpoint, and nothing else."""
 
     _unfinished: str | None = None  # where a checkpoint is being written
 
     def save_extras(self, checkpoint: Path) -> None:
         """Writes what else a run needs to go on from this checkpoint; called on the process that writes it."""
 
+    def _run_epoch(self, *args, **kwargs):
+        # The Trainer would train one step more when it goes on from the last checkpoint of a finished run.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial) -> str:
         return self._unfinished or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:  # else it is called again once the checkpoint has its name
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         run = Path(self._get_output_dir(trial))
@@ -62,13 +66,10 @@ class WholeCheckpoints(Trainer):
             if final.exists():
                 shutil.rmtree(final)
             os.replace(written, final)
-            shutil.rmtree(run / UNFINISHED)
             _to_disk(run)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+            _drop_old(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+            shutil.rmtree(run / UNFINISHED)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
 
 
 def _list_files(checkpoint: Path) -> None:
@@ -79,6 +80,16 @@ def _list_files(checkpoint: Path) -> None:
     listing.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
     for path in (*files, listing, *{file.parent for file in files}):
         _to_disk(path)
+
+
+def _drop_old(run: Path, limit: int | None, best: str | None) -> None:
+    """Keeps the last `limit` checkpoints, and the best one. A dropped one loses its name before its files."""
+    if not limit or limit < 0:
+        return
+    checkpoints = sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)  # the last two: best, newest
+    protected = 2 if best in checkpoints[:-1] else 1
+    for checkpoint in checkpoints[: -max(limit, protected)]:
+        os.replace(checkpoint, run / UNFINISHED / Path(checkpoint).name)
 
 
 def _to_disk(path: Path) -> None:

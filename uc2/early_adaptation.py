@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from modeling_uc2 import UC2PreTrainedModel
 
-from .checkpoints import WholeCheckpoints, checkpoint_to_resume
+from .checkpoints import ResumableTrainer, checkpoint_to_resume
 from .object_labels import LabelTokens
 
 
@@ -111,7 +111,7 @@ def adapt_region_encoder(
     `args.output_dir` holds the stage's checkpoints; it goes on from the last one.
     """
     stage = EarlyAdaptationModel(model, labels, languages, temperature)
-    trainer = WholeCheckpoints(
+    trainer = ResumableTrainer(
         model=stage,
         args=args,
         train_dataset=EarlyAdaptationDataset(region_store, processor, labels.num_classes),

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from uc2.atomic_files import atomic_file
-from uc2.checkpoints import WholeCheckpoints
+from uc2.checkpoints import ResumableTrainer
 from uc2.non_finite import check_finite
 from uc2.retrieval_data import RetrievalDataset
 from uc2.sampling import EpochBatchSampler, SetEpochCallback
@@ -20,7 +20,7 @@ from uc2.scoring import score_matrix
 HARD_NEGATIVES_FILE = "hard_negatives.npz"
 
 
-class RetrievalTrainer(WholeCheckpoints):
+class RetrievalTrainer(ResumableTrainer):
     """Trains `UC2ForRetrieval` on groups of a `RetrievalDataset`; a batch holds `batch size` groups.
 
     Args:

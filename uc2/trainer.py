@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 
 from modeling_uc2.configuration_uc2 import OBJECTIVES, TEXT_OBJECTIVES
 
-from .checkpoints import WholeCheckpoints
+from .checkpoints import ResumableTrainer
 from .non_finite import check_finite
 from .sampling import EpochBatchSampler, SetEpochCallback
 
@@ -33,7 +33,7 @@ def count_items(batch: dict) -> torch.LongTensor:
     return counts
 
 
-class UC2Trainer(WholeCheckpoints):
+class UC2Trainer(ResumableTrainer):
     """Pre-trains `UC2ForPreTraining` on mixed batches of a `PretrainingDataset`.
 
     Each objective's loss is the mean over its own targets of the whole update: all micro-batches, all processes.

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch.utils.data import DataLoader
 
-from uc2.checkpoints import WholeCheckpoints
+from uc2.checkpoints import ResumableTrainer
 from uc2.non_finite import check_finite
 from uc2.sampling import EpochBatchSampler, SetEpochCallback
 from uc2.vqa import evaluate_answers
 from uc2.vqa_data import VQADataset
 
 
-class VQATrainer(WholeCheckpoints):
+class VQATrainer(ResumableTrainer):
     """Trains `UC2ForVQA`; the loss is the mean over the questions of the whole update, on all processes.
 
     Args:
