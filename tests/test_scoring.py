@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import uc2.scoring
+import uc2.scoring_layers
 from modeling_uc2 import UC2Config, UC2ForPreTraining, UC2ForRetrieval
 from uc2.retrieval import recall_at_k, search, search_captions
 from uc2.scoring import save_scores, score_matrix
@@ -131,6 +132,53 @@ def test_lower_precision_keeps_the_order(precision, limit):
     ranks = [matrix.ravel().argsort().argsort() for matrix in (scores, exact)]
     assert np.corrcoef(ranks)[0, 1] > limit  # Spearman's correlation
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_another_activation_than_gelu():
+    model, (texts, images) = make_model(hidden_act="relu"), make_data()
+    scores = score_matrix(model, texts, images, StubProcessor())
+    np.testing.assert_allclose(scores, plain_scores(model, texts, images), atol=1e-5)
+
+
+def test_without_onednn(monkeypatch):
+    """As on a GPU or a machine whose torch lacks the packed operators."""
+    model, (texts, images) = make_model(), make_data()
+    monkeypatch.setattr(uc2.scoring_layers, "_has_operators", lambda library, *names: False)
+    scores = score_matrix(model, texts, images, StubProcessor())
+    np.testing.assert_allclose(scores, plain_scores(model, texts, images), atol=1e-5)
+    with pytest.raises(ValueError, match="int8 needs a CPU and torch built with oneDNN"):
+        score_matrix(model, texts, images, StubProcessor(), precision="int8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_adapters_count(precision):
+    """A model with LoRA adapters that are not merged scores as its own forward does."""
+    peft = pytest.importorskip("peft")
+    model, (texts, images) = make_model(), make_data()
+    before = plain_scores(model, texts, images)
+    settings = peft.LoraConfig(target_modules=["query", "value", "dense"], init_lora_weights=False, lora_dropout=0.5)
+    adapted = peft.get_peft_model(model, settings).train()
+    scores = score_matrix(adapted, texts, images, StubProcessor(), precision=precision)
+    expected = plain_scores(model.eval(), texts, images)
+    assert np.abs(expected - before).max() > 0.4
+    np.testing.assert_allclose(scores, expected, atol={"fp32": 1e-5, "int8": 0.1}[precision])
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_int8_products_are_within_the_rounding_of_both_sides(gelu):
+    """Each factor is off by half a step at most: the error of a sum of K products is bounded by that."""
+    torch.manual_seed(0)
+    linear, hidden = torch.nn.Linear(48, 10), torch.randn(3, 5, 48) * 3 + 1
+    int8 = uc2.scoring_layers._Int8Linear(linear.weight.detach(), linear.bias.detach(), gelu, rows=15)
+    exact = linear(hidden)
+    step = (hidden.max() - hidden.min()) / int8.levels
+    weight_step = linear.weight.abs().amax(dim=1) / 127
+    bound = 48 * (step / 2 * linear.weight.abs().amax(dim=1) + weight_step / 2 * (hidden.abs().max() + step / 2))
+    exact = torch.nn.functional.gelu(exact) if gelu else exact
+    error = (int8(hidden) - exact).abs()
+    assert (error < 1.2 * bound).all() and error.mean() < 0.02 and error.max() > 0
+    zeros = int8(torch.zeros(1, 48))  # nothing to scale by
+    torch.testing.assert_close(zeros, (torch.nn.functional.gelu(linear.bias) if gelu else linear.bias)[None])
 
 
 def test_a_model_in_half_precision():

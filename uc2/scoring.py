@@ -6,26 +6,23 @@ computed once per text and image of a block, and the last layer is computed for 
 that the pooler reads. On a CPU, weights are packed for oneDNN, whose kernel also applies the GELU.
 """
 
-import copy
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from uc2.atomic_files import atomic_file
+from uc2.scoring_layers import PRECISIONS, scoring_layers
 
-PRECISIONS = ("fp32", "bf16", "int8")
 TEXTS_PER_BLOCK, IMAGES_PER_BLOCK = 128, 64  # a block is what is saved, resumed and sharded as a whole
 
 
@@ -54,8 +51,8 @@ def score_matrix(
         regions: one region row per image, as `RegionStore` gives them.
         processor: the model's UC2Processor.
         batch_tokens: tokens and regions per micro-batch; about 2,500 is fastest on a CPU, more on a GPU.
-        precision: "fp32" (equal to the plain forward), "bf16" (autocast, for GPUs) or "int8" (dynamically
-            quantised linear layers, CPU only).
+        precision: "fp32" (equal to the plain forward), "bf16" (GPUs, and CPUs with AMX) or "int8" (products
+            of 8-bit numbers, CPU only); see `uc2.scoring_layers`.
         max_length: longest text in tokens; longer ones are cut. None: what the model can take.
         resume_dir: a folder for finished blocks. A killed evaluation, called again with the same folder,
             continues.
@@ -81,9 +78,12 @@ def score_matrix(
     rank, world_size = _rank_and_world_size()
     mine = blocks[rank::world_size]
     scores = np.zeros((len(texts), len(regions)), np.float32)
-    scorer = _PairScorer(model, token_ids, regions, processor, batch_tokens, precision)
     total = sum(block.num_pairs for block in mine)
-    with tqdm(total=total, unit="pairs", unit_scale=True, disable=not (progress and rank == 0)) as bar:
+    with (
+        _evaluation_mode(model),
+        tqdm(total=total, unit="pairs", unit_scale=True, disable=not (progress and rank == 0)) as bar,
+    ):
+        scorer = _PairScorer(model, token_ids, regions, processor, batch_tokens, precision)
         for block in mine:
             block_scores = saved.load(block) if saved else None
             if block_scores is None:
@@ -99,6 +99,16 @@ def score_matrix(
             scores[np.ix_(block.texts, block.images)] = block_scores
             bar.update(block.num_pairs)
     return _sum_over_processes(scores, model.device) if world_size > 1 else scores
+
+
+@contextmanager
+def _evaluation_mode(model) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def save_scores(path: str | os.PathLike, scores: np.ndarray) -> None:
@@ -157,40 +167,20 @@ class _PairScorer:
         self.model, self.backbone, self.device = model, model.uc2, model.device
         self.token_ids, self.regions, self.processor = token_ids, regions, processor
         self.batch_tokens = batch_tokens
-        self.layers = self.backbone.encoder.layer
-        if precision == "int8":
-            if self.device.type != "cpu":
-                raise ValueError(f"precision int8 runs on the CPU only, the model is on {self.device}")
-            self.layers = _quantized(self.layers)
-        elif precision == "fp32" and _can_pack(model):
-            self.layers = _packed(self.layers, model.config.hidden_act, batch_tokens)
-        self.autocast = (
-            torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        )
+        self.layers = scoring_layers(model, precision, batch_tokens)
         self.texts: dict[int, Tensor] = {}  # text -> (tokens, H), embedded once
         self.images: dict[int, Tensor] = {}  # image -> (regions, H), embedded once, dropped after its blocks
 
     @torch.inference_mode()
     def score(self, block: _Block) -> np.ndarray:
         """(len(block.texts), len(block.images)) float32."""
-        was_training = self.model.training
-        self.model.eval()
-        self.layers.eval()
-        try:
-            with self.autocast:
-                return self._score(block)
-        finally:
-            self.model.train(was_training)
-
-    def _score(self, block: _Block) -> np.ndarray:
         self._embed(block)
         parts = [self.texts[i] for i in block.texts] + [self.images[i] for i in block.images]
         rows = torch.cat(parts)  # (all tokens and regions of the block, H)
-        first = self.layers[0].attention.self
-        first_qkv = tuple(projection(rows) for projection in (first.query, first.key, first.value))
+        first = self.layers[0].project(rows)
         scores = torch.empty(block.num_pairs, dtype=torch.float32, device=self.device)
         for pairs, index, lengths in self._micro_batches([len(part) for part in parts], len(block.texts)):
-            scores[pairs.to(self.device)] = self._forward(rows, first_qkv, index.to(self.device), lengths)
+            scores[pairs.to(self.device)] = self._forward(rows, first, index.to(self.device), lengths)
         return scores.view(len(block.texts), len(block.images)).cpu().numpy()
 
     def _embed(self, block: _Block) -> None:
@@ -231,25 +221,18 @@ class _PairScorer:
             index = np.where(position < total[pairs, None], index, 0)
             yield torch.from_numpy(pairs), torch.from_numpy(index), total[pairs]
 
-    def _forward(self, rows: Tensor, first_qkv: tuple, index: Tensor, lengths: np.ndarray) -> Tensor:
+    def _forward(self, rows: Tensor, first: tuple, index: Tensor, lengths: np.ndarray) -> Tensor:
         """Encoder and head: scores (B,) float32."""
         mask = None  # without padding, attention needs no mask
         if lengths.min() < index.shape[1]:
             real = torch.arange(index.shape[1]) < torch.from_numpy(lengths)[:, None]  # (B, L)
             mask = real[:, None, None].to(self.device)
         hidden = rows[index]  # (B, L, H)
-        for number, layer in enumerate(self.layers):
-            attention = layer.attention.self
-            last = number == len(self.layers) - 1
-            asked = hidden[:, :1] if last else hidden
-            if number == 0:
-                query, key, value = (projected[index] for projected in first_qkv)
-                query = query[:, :1] if last else query
-            else:
-                query, key, value = attention.query(asked), attention.key(hidden), attention.value(hidden)
-            context = _attend(query, key, value, self.model.config.num_attention_heads, mask)
-            attended = layer.attention.output(context, asked)
-            hidden = layer.output(layer.intermediate(attended), attended)
+        projected = tuple(part[index] for part in first)
+        for layer in self.layers:
+            first_only = layer is self.layers[-1]  # the pooler reads the first token
+            hidden = layer.forward(hidden, mask, projected=projected, first_only=first_only)
+            projected = None
         return self._head(hidden)
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -258,65 +241,6 @@ class _PairScorer:
             return self.model.score_head(pooled)[:, 0].float()
         no_match, match = self.model.itm_head(pooled).float().unbind(1)
         return match - no_match
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
-    """Bidirectional attention of (B, Q, H) over (B, L, H); the mask (B, 1, 1, L) is True where it is real."""
-    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return context.transpose(1, 2).flatten(2)
-
-
-def _quantized(layers: nn.ModuleList) -> nn.ModuleList:
-    """A copy whose linear layers have int8 weights and quantise their inputs on the fly."""
-    with warnings.catch_warnings():  # torch announces a move of this function to another package
-        warnings.simplefilter("ignore", (DeprecationWarning, UserWarning))
-        scheme = {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(layers), scheme)
-
-
-class _PackedLinear(nn.Module):
-    """A linear layer, and GELU if asked for, with its weight laid out once as oneDNN's kernel reads it.
-
-    Measured on one AVX-512 core: 1.2 times as fast as `nn.Linear`, 1.4 times with the fused GELU.
-    """
-
-    def __init__(self, linear: nn.Linear, rows: int, gelu: bool = False):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias = linear.bias.detach()
-        self.activation = "gelu" if gelu else "none"
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        # The last two arguments are options of the activation; "none": the exact GELU, not an approximation.
-        return torch.ops.mkldnn._linear_pointwise(
-            hidden.contiguous(), self.weight, self.bias, self.activation, [], "none"
-        )
-
-
-def _can_pack(model) -> bool:
-    """Packing needs float32 weights on a CPU, and oneDNN's operators, which are internal to torch."""
-    operators = ("_reorder_linear_weight", "_linear_pointwise")
-    available = torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, op) for op in operators
-    )
-    return available and model.device.type == "cpu" and model.dtype == torch.float32
-
-
-@torch.no_grad()
-def _packed(layers: nn.ModuleList, hidden_act: str, rows: int) -> nn.ModuleList:
-    """A copy whose linear layers are packed for about `rows` rows of input, with GELU fused into them."""
-    layers = copy.deepcopy(layers)
-    for layer in layers:
-        fused = hidden_act == "gelu"
-        layer.intermediate.dense = _PackedLinear(layer.intermediate.dense, rows, gelu=fused)
-        if fused:
-            layer.intermediate.activation = nn.Identity()
-        for parent in (layer.attention.self, layer.attention.output, layer.output):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, _PackedLinear(child, rows))
-    return layers
 
 
 def _rank_and_world_size() -> tuple[int, int]:
