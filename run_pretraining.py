@@ -20,7 +20,8 @@ from uc2.atomic_files import atomic_file
 from uc2.checkpoints import checkpoint_to_resume, saved_history
 from uc2.collator import UC2DataCollator
 from uc2.early_adaptation import adapt_region_encoder
-from uc2.model_card import write_model_card
+from uc2.hub import open_repository
+from uc2.model_card import card_names, write_model_card
 from uc2.object_labels import LabelTokens, load_object_labels
 from uc2.output_folder import exclusive_output
 from uc2.pretraining_arguments import (
@@ -31,7 +32,7 @@ from uc2.pretraining_arguments import (
     ReportArguments,
 )
 from uc2.pretraining_data import PretrainingDataset
-from uc2.pretraining_report import chance_accuracies, evaluate_zero_shot_retrieval, report_table
+from uc2.pretraining_report import card_results, chance_accuracies, evaluate_zero_shot_retrieval, report_table
 from uc2.region_store import RegionStore
 from uc2.rows import check_images_in_store, load_parallel_captions
 from uc2.script_errors import told_in_one_sentence
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def run(model_args, data_args, ea_args, report_args, args: PretrainingArguments) -> dict[str, float]:
+    open_repository(args)
     set_seed(args.seed)
 
     store = RegionStore(data_args.region_store)
@@ -87,7 +89,7 @@ def run(model_args, data_args, ea_args, report_args, args: PretrainingArguments)
         trainer.save_state()
     metrics = evaluate(trainer, captions.get("eval"), store, processor, data_args, report_args)
     if trainer.is_world_process_zero():
-        report(trainer, metrics, history, data_args, ea_args, args)
+        report(trainer, metrics, history, model_args, data_args, ea_args, args)
     if args.push_to_hub:
         trainer.push_to_hub(commit_message="UC2 pre-training")
     return metrics
@@ -203,7 +205,7 @@ def evaluate(trainer, rows, store, processor, data_args, report_args: ReportArgu
     return metrics
 
 
-def report(trainer, metrics, ea_history, data_args, ea_args, args) -> None:
+def report(trainer, metrics, ea_history, model_args, data_args, ea_args, args) -> None:
     """results.json, curves.png and the model card in the output folder, and the table on the screen."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -213,17 +215,18 @@ def report(trainer, metrics, ea_history, data_args, ea_args, args) -> None:
     write_model_card(
         folder,
         "pretraining",
-        model_name=folder.name,
+        **card_names(args),
         config=trainer.model.config,
         languages=data_args.languages,
         data={"captions": data_args.train_file, "regions": data_args.region_store, "rows": len(trainer.train_dataset)},
         hyperparameters={
-            "objective_mix": data_args.objective_mix,
+            "base_model": model_args.model_name_or_path or model_args.text_encoder,
+            "objective_mix": json.loads(data_args.objective_mix),
             "early_adaptation_steps": ea_args.ea_steps,
             "learning_rate": args.learning_rate,
             "optimiser_steps": trainer.state.global_step,
             "tokens_per_batch": data_args.tokens_per_batch,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "per_device_train_batch_size": None if data_args.tokens_per_batch else args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "processes": args.world_size,
             "adam_betas": [args.adam_beta1, args.adam_beta2],
@@ -231,11 +234,7 @@ def report(trainer, metrics, ea_history, data_args, ea_args, args) -> None:
             "warmup": args.warmup_steps,
             "seed": args.seed,
         },
-        results=[
-            {"task": "pre-training", "dataset": "held-out captions", "metric": name, "value": value}
-            for name, value in metrics.items()
-            if name.startswith(("eval_accuracy_", "eval_average_recall_"))
-        ],
+        results=card_results(metrics, data_args.languages),
     )
     if metrics:
         print(report_table(metrics, data_args.languages))

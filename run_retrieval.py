@@ -26,7 +26,8 @@ from uc2.arguments import parse
 from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
-from uc2.model_card import write_model_card
+from uc2.hub import open_repository
+from uc2.model_card import card_names, write_model_card
 from uc2.output_folder import exclusive_output
 from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
@@ -158,6 +159,7 @@ def run(
     find: SearchArguments,
     args,
 ) -> dict:
+    open_repository(args)
     set_seed(args.seed)
     store = RegionStore(data.region_stores)
     eval_files = parse_pairs("eval_files", data.eval_files)
@@ -324,7 +326,7 @@ def report(trainer, results: dict, data, loss, adapters: dict, scoring, args) ->
     write_model_card(
         folder,
         "retrieval",
-        model_name=folder.name,
+        **card_names(args),
         config=trainer.model.config,
         languages=trainer.train_dataset.languages,
         data={

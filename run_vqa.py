@@ -24,7 +24,8 @@ from uc2.arguments import parse
 from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
-from uc2.model_card import write_model_card
+from uc2.hub import open_repository
+from uc2.model_card import card_names, write_model_card
 from uc2.output_folder import exclusive_output
 from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(data: DataArguments, lora: LoraArguments, args: VQATrainingArguments) -> dict:
+    open_repository(args)
     set_seed(args.seed)
     eval_files = parse_eval_files(data.eval_files)
     if not data.train_files and not eval_files:
@@ -292,7 +294,7 @@ def report(
     write_model_card(
         folder,
         "vqa",
-        model_name=folder.name,
+        **card_names(args),
         config=trainer.model.config,
         languages=languages,
         data={

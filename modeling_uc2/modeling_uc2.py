@@ -312,9 +312,11 @@ class UC2PreTrainedModel(PreTrainedModel):
         elif isinstance(module, UC2RegionRegressor):
             init.zeros_(module.bias)
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, *args, is_main_process=True, push_to_hub=False, **kwargs):
         """Also writes the two source files of this package, so that the folder loads by itself with
         `trust_remote_code=True` through every Auto class, whichever head was saved."""
+        hub_options = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
+        hub = {name: kwargs.pop(name) for name in hub_options if name in kwargs}
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -322,6 +324,9 @@ class UC2PreTrainedModel(PreTrainedModel):
                 if source.parent.resolve() != Path(save_directory).resolve():
                     shutil.copyfile(source, Path(save_directory, source.name))
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if push_to_hub and is_main_process:
+            # Not left to `super`: it uploads what it wrote itself, which the source files are not.
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
     @classmethod
     def from_text_encoder(cls, name_or_path: str, **config_overrides):

@@ -327,7 +327,8 @@ class UC2Processor(ProcessorMixin):
         # every later call's defaults.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
-        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        # As a string: with `push_to_hub`, the library splits it.
+        files = super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
         # Written into the JSON by then; kept, a saved processor would differ from the one loaded from it.
         self.__dict__.pop("auto_map", None)
         return files

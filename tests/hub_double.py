@@ -355,9 +355,12 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, file.content
         self.sent_headers["X-Linked-Etag"] = f'"{file.sha256}"'
         self.sent_headers["X-Linked-Size"] = str(len(file.content))
-        self.sent_headers["Location"] = f"{self.hub.endpoint}/storage/{file.sha256}"
+        # Another host, as the Hub's storage is: the client must take its token along no further.
+        self.sent_headers["Location"] = f"http://localhost:{self.server.server_port}/storage/{file.sha256}"
         return 302, b""
 
     def large_file(self, oid: str):
+        if "Authorization" in self.headers:
+            raise _Refusal(400, "The token was sent to the storage")
         self.sent_headers["ETag"] = f'"{oid}"'
         return 200, self.hub.storage[oid]

@@ -7,12 +7,15 @@ network.
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers import TrainingArguments
 
 from uc2.atomic_files import atomic_file
 
@@ -28,6 +31,20 @@ PIPELINE_TAGS = {
 # A checkout has the templates beside the packages, an installed package has them inside `uc2`.
 TEMPLATE_FOLDERS = (Path(__file__).parent / "model_cards", Path(__file__).parents[1] / "model_cards")
 PAPER = "https://arxiv.org/abs/2104.00332"
+OBJECTIVES = {
+    "mlm": "masked language modelling (MLM)",
+    "itm": "image-text matching (ITM)",
+    "mrtm": "masked region-to-token modelling (MRTM)",
+    "vtlm": "visual translation language modelling (VTLM)",
+    "tlm": "text-only translation language modelling (TLM)",
+    "mrc": "masked region classification (MRC)",
+    "mrc_kl": "masked region classification with KL divergence (MRC-KL)",
+    "mrfr": "masked region feature regression (MRFR)",
+}
+ARCHITECTURES = {
+    "detector": "ResNet C4 Faster R-CNN with an attribute head; a region's feature is the mean of its last stage.",
+}
+ENCODER = "One Transformer encoder of XLM-R's shape over `[text ; regions]`; a region enters by its feature and box."
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -36,6 +53,12 @@ SIZES = (
     "intermediate_size",
     "region_feature_size",
     "num_region_classes",
+    # the detector's
+    "depths",
+    "widths",
+    "feature_size",
+    "num_classes",
+    "num_attributes",
 )
 
 
@@ -44,6 +67,7 @@ def write_model_card(
     kind: str,
     *,
     model_name: str,
+    load_from: str | None = None,
     config=None,
     languages: Sequence[str] = (),
     data: Mapping | None = None,
@@ -62,10 +86,12 @@ def write_model_card(
         folder: where the model was saved.
         kind: "pretraining", "retrieval", "vqa" or "detector".
         model_name: the name in the title and in the model-index.
-        config: the model's configuration; its sizes are listed.
+        load_from: the folder or Hub id from which the examples load; the model's name if left out.
+        config: the model's configuration; its sizes and objectives are listed.
         languages: codes of the training languages.
         data, hyperparameters: names and values, listed as they are.
-        results: dicts with `task`, `dataset`, `metric`, `value` and optionally `language`, `split`.
+        results: dicts with `task`, `dataset`, `metric`, `value` and optionally `language`, `split`, `chance`: the
+            value that no knowledge of the input gives.
         base_model: what was fine-tuned. A local folder is named in the text but not in the metadata, where
             only Hub ids are valid. Without it, `hyperparameters["base_model"]` is taken.
         datasets: Hub ids of the training data.
@@ -78,7 +104,8 @@ def write_model_card(
     if kind not in PIPELINE_TAGS:
         raise ValueError(f"unknown kind of model card {kind!r}; choose one of {', '.join(PIPELINE_TAGS)}")
     results = [_checked_result(result) for result in results]
-    base_model = base_model or dict(hyperparameters or {}).get("base_model")
+    hyperparameters = dict(hyperparameters or {})
+    base_model = base_model or hyperparameters.get("base_model")
     metadata = ModelCardData(
         language=list(languages) or None,
         license=license,
@@ -90,34 +117,49 @@ def write_model_card(
         model_name=model_name,
         eval_results=[_eval_result(result) for result in results] or None,
     )
-    card = ModelCard.from_template(
-        metadata,
-        template_path=str(template_path(kind)),
+    text = _template(kind).render(
+        card_data=metadata.to_yaml(),
         model_name=model_name,
+        load_from=load_from or model_name,
         language_list=", ".join(languages) or "not stated",
+        several_languages=len(languages) > 1,
         base_model_text=base_model,
+        objectives=", ".join(OBJECTIVES[name] for name in getattr(config, "objectives", ())) or "not stated",
+        early_adaptation=bool(hyperparameters.get("early_adaptation_steps")),
+        architecture=ARCHITECTURES.get(kind, ENCODER),
         sizes=_table({name: getattr(config, name) for name in SIZES if hasattr(config, name)}),
         num_answers=getattr(config, "num_labels", None),
         data=_table(data or {}),
-        hyperparameters=_table(hyperparameters or {}),
+        hyperparameters=_table(hyperparameters),
         results=_result_table(results),
         usage=usage,
         notes=notes,
+        license_name=license,
         paper=PAPER,
     )
     path = Path(folder, "README.md")
     with atomic_file(path) as temporary:
-        temporary.write_text(str(card), encoding="utf-8")
+        temporary.write_text(_without_gaps(text), encoding="utf-8")
     return path
 
 
-def template_path(kind: str) -> Path:
+def card_names(args: TrainingArguments) -> dict[str, str]:
+    """`model_name` and `load_from` of a run's card: its repository's, if it has one, else its folder's."""
+    load_from = args.hub_model_id or args.output_dir
+    return {"model_name": Path(load_from).absolute().name, "load_from": load_from}
+
+
+def _template(kind: str):
     """The template of a kind of card, in a checkout or in an installed package."""
-    for folder in TEMPLATE_FOLDERS:
-        path = folder / f"{kind}.md"
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"no {kind}.md in {' or '.join(map(str, TEMPLATE_FOLDERS))}")
+    if not any((folder / f"{kind}.md").is_file() for folder in TEMPLATE_FOLDERS):
+        raise FileNotFoundError(f"no {kind}.md in {' or '.join(map(str, TEMPLATE_FOLDERS))}")
+    loader = FileSystemLoader(TEMPLATE_FOLDERS, encoding="utf-8")
+    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True).get_template(f"{kind}.md")
+
+
+def _without_gaps(text: str) -> str:
+    """At most one empty line in a row: parts that are left out leave theirs behind."""
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def _checked_result(result: Mapping) -> dict:
@@ -181,10 +223,14 @@ def _result_table(results: Sequence[Mapping]) -> str:
             result.get("language") or "",
             result["metric"],
             f"{result['value']:.4g}",
+            "" if result.get("chance") is None else f"{result['chance']:.4g}",
         ]
         for result in results
     ]
-    return _markdown_table(["Task", "Data", "Language", "Metric", "Value"], rows)
+    header = ["Task", "Data", "Language", "Metric", "Value", "By chance"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return _markdown_table(header, rows)
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,14 @@ from .retrieval import recall_at_k
 from .scoring import score_matrix
 
 COLUMNS = ("mlm", "vtlm", "tlm", "mrtm", "mrc", "itm")
+CARD_TASKS = {
+    "mlm": "masked language modelling",
+    "vtlm": "visual translation language modelling",
+    "tlm": "translation language modelling",
+    "mrtm": "masked region-to-token modelling",
+    "mrc": "masked region classification",
+    "itm": "image-text matching",
+}
 IGNORED = -100
 
 
@@ -56,6 +64,23 @@ def chance_accuracies(dataset, passes: int = 1) -> dict[str, float]:
         for (objective, language), counts in targets.items()
         if counts
     }
+
+
+def card_results(metrics: dict[str, float], languages: list[str]) -> list[dict]:
+    """Every accuracy and recall of a language as an entry of the card's model-index, in per cent."""
+    results = []
+    for language in languages:
+        for name in COLUMNS:
+            key = f"{name}_{language}"
+            if f"eval_accuracy_{key}" in metrics:
+                result = {"task": CARD_TASKS[name], "dataset": "held-out captions", "metric": "accuracy"}
+                value, chance = (100 * metrics[f"eval_{kind}_{key}"] for kind in ("accuracy", "chance"))
+                results.append({**result, "language": language, "value": value, "chance": chance})
+        if f"eval_average_recall_{language}" in metrics:
+            result = {"task": "zero-shot retrieval", "dataset": "held-out captions", "metric": "average recall"}
+            value, chance = (metrics[f"eval_{kind}average_recall_{language}"] for kind in ("", "chance_"))
+            results.append({**result, "language": language, "value": value, "chance": chance})
+    return results
 
 
 def report_table(metrics: dict[str, float], languages: list[str]) -> str:

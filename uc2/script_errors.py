@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 from uc2.data_error import DataError
+from uc2.hub import HubError
 from uc2.non_finite import NonFiniteLoss
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -17,7 +18,7 @@ _FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large
 
 @contextmanager
 def told_in_one_sentence() -> Iterator[None]:
-    """Turns errors of the data, the disk or a worker into `SystemExit("error: …")`; others pass through."""
+    """Turns errors of the data, the disk, the Hub or a worker into `SystemExit("error: …")`; others pass through."""
     try:
         yield
     except Exception as error:
@@ -28,7 +29,7 @@ def told_in_one_sentence() -> Iterator[None]:
 
 
 def _sentence(error: BaseException) -> str | None:
-    if isinstance(error, (DataError, NonFiniteLoss, BlockingIOError)):
+    if isinstance(error, (DataError, HubError, NonFiniteLoss, BlockingIOError)):
         return str(error)
     if _is_full(error):
         return f"the disk is full ({_first_line(error)}); make room and start again: a run goes on where it was"

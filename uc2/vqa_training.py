@@ -110,9 +110,6 @@ class VQATrainer(ResumableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """The script writes the card; the Trainer's own would replace it on every push."""
-
 
 def evaluate_dataset(predictions: list[str], dataset: VQADataset) -> dict[str, dict]:
     questions = dataset.questions
