@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, models
@@ -71,16 +71,24 @@ def texts_in(captions, *languages) -> list[str]:
 
 ALPHABET = "abc"
 PIECES = st.dictionaries(
-    st.text(ALPHABET + "▁", min_size=1, max_size=4), st.integers(-6, -1), min_size=3, max_size=25
+    st.text(ALPHABET + "▁", min_size=1, max_size=4), st.integers(-40, -1), min_size=3, max_size=25
 )
 TEXTS = st.lists(st.text(ALPHABET + "d ", min_size=1, max_size=12), min_size=1, max_size=4)
+# `ab c d` costs 33; `<unk> bcd` costs 50 + 5, an unknown character being 10 below the lowest score, that of "cc".
+UNKNOWN_COMPETES = {"▁": 0, "ab": -11, "c": -11, "d": -11, "bcd": -5, "cc": -40}
+
+
+def unigram(pieces: dict[str, float]) -> XLMRobertaTokenizer:
+    scored = [(piece, float(score)) for piece, score in pieces.items()]
+    return XLMRobertaTokenizer(vocab=[*SPECIAL, *scored, ("<mask>", 0.0)])
 
 
 @settings(max_examples=150, deadline=None)
+@example(pieces=UNKNOWN_COMPETES, corpus=["abcd bcd"], others=[])
 @given(pieces=PIECES, corpus=TEXTS, others=TEXTS)
 def test_texts_of_kept_pieces_are_cut_as_before(pieces, corpus, others):
-    """Vocabularies with gaps among the characters, and whole scores, so that ties are common."""
-    full = XLMRobertaTokenizer(vocab=[*SPECIAL, *pieces.items(), ("<mask>", 0.0)])
+    """Vocabularies with gaps among the characters, and whole scores, so that ties occur."""
+    full = unigram(pieces)
     if not any(full(corpus, add_special_tokens=False)["input_ids"]):
         return
     kept = tokens_to_keep(full, corpus).ids
@@ -92,19 +100,14 @@ def test_texts_of_kept_pieces_are_cut_as_before(pieces, corpus, others):
     assert set(np.concatenate(full(corpus)["input_ids"])) <= set(kept.tolist())
 
 
-def test_why_characters_and_the_lowest_score_are_kept():
-    """`ab c d` costs 33. Spelling `a` costs 40, and as an unknown character 50, 10 below the lowest score; had
-    only the used pieces been kept, the lowest score would be -11, and `<unk> bcd` cost 21 + 5."""
-    pieces = {"▁": 0.0, "ab": -11.0, "c": -11.0, "d": -11.0, "a": -40.0, "bcd": -5.0, "b": -3.0}
-    full = XLMRobertaTokenizer(vocab=[*SPECIAL, *pieces.items(), ("<mask>", 0.0)])
-    expected = ["▁", "ab", "c", "d"]
-    assert full.tokenize("abcd") == expected
-    kept = tokens_to_keep(full, ["abcd", "bcd"]).ids
-    assert trim_tokenizer(full, kept).tokenize("abcd") == expected
-    used = {"▁", "ab", "c", "d", "bcd"}
-    naive = [0, 1, 2, 3, *(full.convert_tokens_to_ids(piece) for piece in used), len(full) - 1]
-    assert trim_tokenizer(full, np.sort(naive)).tokenize("abcd") == ["▁", "a", "bcd"]
-    assert trim_tokenizer(full, np.sort(naive))("abcd")["input_ids"][2] == full.unk_token_id
+def test_without_the_lowest_score_an_unknown_character_would_win():
+    full = unigram(UNKNOWN_COMPETES)
+    assert full.tokenize("abcd") == ["▁", "ab", "c", "d"]
+    kept = tokens_to_keep(full, ["abcd bcd"]).ids
+    assert trim_tokenizer(full, kept).tokenize("abcd") == ["▁", "ab", "c", "d"]
+    without = kept[kept != full.convert_tokens_to_ids("cc")]
+    assert len(without) < len(kept)
+    assert trim_tokenizer(full, without).tokenize("abcd") == ["▁", "a", "bcd"]  # 11 + 10 and 5
 
 
 def test_special_tokens_and_normalisation_stay(tokenizer, captions):

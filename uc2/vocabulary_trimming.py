@@ -12,10 +12,10 @@ of the same kind with fewer rows in the embeddings and in the LM head. What is k
 - every single character, of the scripts that occur, that is a sub-word: new words are spelled where they must be;
 - the sub-word with the lowest score.
 
-A text whose sub-words are all kept is then cut exactly as before, so that the model computes the same. The last
-two rules are what makes this certain: an unknown character costs a fixed amount below the lowest score, and
-competes with known sub-words only where the character itself is none. With both left as they were, the trimmed
-lattice of a text is a part of the full one with the same scores, and holds its best path.
+A text whose sub-words are all kept is cut exactly as before, so that the model computes the same: of all ways to
+cut it, some are gone, but not the best one. The last rule is what makes this certain. A character that is no
+sub-word costs a fixed amount below the lowest score; were that to rise, an unknown character followed by a good
+sub-word could come out best.
 """
 
 import json
@@ -131,10 +131,10 @@ def tokens_to_keep(tokenizer, texts: Iterable[str]) -> KeptTokens:
     special = [*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]
     keep("special tokens", special)
     keep("sub-words of the texts", used)
-    keep("lowest score", int(np.argmin([score for _, score in vocabulary])))
-    scripts = {script_of(char) for i in np.flatnonzero(kept) if i < len(vocabulary) for char in vocabulary[i][0]}
+    scripts = {script_of(char) for i in np.flatnonzero(used) if i < len(vocabulary) for char in vocabulary[i][0]}
     single = [i for i, (piece, _) in enumerate(vocabulary) if len(piece) == 1]
     keep("single characters", [i for i in single if script_of(vocabulary[i][0]) in scripts | {None}])
+    keep("lowest score", int(np.argmin([score for _, score in vocabulary])))
     return KeptTokens(np.flatnonzero(kept), len(used), counts)
 
 
