@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel, XLMRobertaForMaskedLM, XLMRobertaModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -35,8 +35,10 @@ logger = logging.get_logger(__name__)
 
 IGNORED = -100
 TEXT_TYPE, REGION_TYPE = 0, 1
-# Target positions whose V logits are held at once: 128 x 250,002 float32 values are 128 MB.
-LOGIT_ROWS = 128
+# Target positions whose V logits are held at once: 256 x 250,002 float32 values are 256 MB.
+LOGIT_ROWS = 256
+# Index of (B, N) for heads that read the pooled first token alone.
+FIRST_TOKEN = (slice(None), slice(0, 1))
 # Rounding in float16 stores and in x / width may push a box this far over the image's edge.
 BOX_TOLERANCE = 1e-3
 AUTO_MAP = {
@@ -97,9 +99,8 @@ class UC2TextEmbeddings(nn.Module):
         if position_ids is None:
             position_ids = self.count_positions(input_ids, inputs_embeds)
         if token_type_ids is None:
-            token_types = self.token_type_embeddings.weight[TEXT_TYPE]
-        else:
-            token_types = self.token_type_embeddings(token_type_ids)
+            token_type_ids = torch.full((1, 1), TEXT_TYPE, device=inputs_embeds.device)
+        token_types = self.token_type_embeddings(token_type_ids)
         embeddings = inputs_embeds + self.position_embeddings(position_ids) + token_types
         return self.dropout(self.LayerNorm(embeddings))
 
@@ -199,8 +200,10 @@ class UC2Attention(nn.Module):
         self.self = UC2SelfAttention(config, layer_idx)
         self.output = UC2ResidualOutput(config, config.hidden_size)
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(self, hidden_states, attention_mask=None, read_index=None, **kwargs: Unpack[TransformersKwargs]):
         attended, _ = self.self(hidden_states, attention_mask, **kwargs)
+        if read_index is not None:
+            attended, hidden_states = attended[read_index], hidden_states[read_index]
         return self.output(attended, hidden_states)
 
 
@@ -223,9 +226,15 @@ class UC2Layer(GradientCheckpointingLayer):
         self.intermediate = UC2Intermediate(config)
         self.output = UC2ResidualOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attended = self.attention(hidden_states, attention_mask, **kwargs)
-        return self.output(self.intermediate(attended), attended)
+    def forward(self, hidden_states, attention_mask=None, read_index=None, **kwargs: Unpack[TransformersKwargs]):
+        """(B, N, H) -> (B, N, H); 0 outside of `read_index`, if that is given."""
+        attended = self.attention(hidden_states, attention_mask, read_index, **kwargs)
+        output = self.output(self.intermediate(attended), attended)
+        if read_index is None:
+            return output
+        whole = output.new_zeros(hidden_states.shape)
+        whole[read_index] = output
+        return whole
 
 
 class UC2Encoder(nn.Module):
@@ -233,9 +242,11 @@ class UC2Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([UC2Layer(config, i) for i in range(config.num_hidden_layers)])
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
-        for layer in self.layer:
+    def forward(self, hidden_states, attention_mask=None, read_index=None, **kwargs: Unpack[TransformersKwargs]):
+        *layers, last = self.layer
+        for layer in layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        hidden_states = last(hidden_states, attention_mask, read_index=read_index, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -250,17 +261,106 @@ class UC2Pooler(nn.Module):
         return torch.tanh(self.dense(hidden_states[:, 0]))
 
 
+class _VocabularyLoss(torch.autograd.Function):
+    """Cross-entropy over the vocabulary whose N x V logits and their gradient never exist as a whole.
+
+    The gradients are made next to the loss, `LOGIT_ROWS` rows at a time, while a row's probabilities are at
+    hand: nothing is computed twice, and all chunks add into one gradient of the weight.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, factors):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        losses = hidden.new_zeros(len(targets), dtype=torch.float32)
+        hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
+        # The first chunk overwrites what is in it: filling 768 MB with zeros takes as long as a layer.
+        empty = torch.empty_like if len(targets) else torch.zeros_like
+        weight_grad = empty(weight) if needs_weight else None
+        bias_grad = torch.zeros_like(bias) if needs_bias else None
+        for start in range(0, len(targets), LOGIT_ROWS):
+            rows = slice(start, start + LOGIT_ROWS)
+            chunk, target = hidden[rows], targets[rows].unsqueeze(1)
+            values = F.linear(chunk, weight, bias).float()
+            at_target = values.gather(1, target).squeeze(1)
+            largest = values.amax(dim=1)
+            # In place: `values` turns from logits into exponentials, then into the gradient of the logits.
+            total = values.sub_(largest.unsqueeze(1)).exp_().sum(dim=1)
+            losses[rows] = total.log() + largest - at_target
+            values.mul_((factors[rows] / total).unsqueeze(1))
+            values.scatter_add_(1, target, -factors[rows].unsqueeze(1))
+            logit_grad = values.to(weight.dtype)
+            if needs_hidden:
+                hidden_grad[rows] = logit_grad @ weight
+            if needs_weight:
+                weight_grad.addmm_(logit_grad.t(), chunk, beta=1 if start else 0)
+            if needs_bias:
+                bias_grad += logit_grad.sum(dim=0)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        ctx.mark_non_differentiable(losses)
+        return (losses * factors).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_grad, _):
+        gradients = ctx.saved_tensors
+        # A plain `loss.backward()` sends 1, and the weight's gradient is 768 MB. Only the CPU can look for free.
+        if loss_grad.device.type != "cpu" or loss_grad != 1:
+            gradients = [None if gradient is None else gradient.mul_(loss_grad) for gradient in gradients]
+        return *gradients, None, None
+
+
+class _TiedTable(torch.autograd.Function):
+    """Word embeddings looked up in a table that the LM head reads too: one gradient for both.
+
+    The LM head's gradient of the table is dense. Autograd would add another dense one for the lookup, 768 MB of
+    almost nothing but zeros; here the rows looked up are added to the first in place.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, ids, padding_idx):
+        ctx.save_for_backward(ids)
+        ctx.padding_idx = padding_idx
+        return F.embedding(ids, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, rows_grad, table_grad):
+        (ids,) = ctx.saved_tensors
+        real = ids != ctx.padding_idx
+        return table_grad.index_put_((ids[real],), rows_grad[real].to(table_grad.dtype), accumulate=True), None, None
+
+
+class UC2Decoder(nn.Linear):
+    """Hidden states to vocabulary logits, or to the loss over them."""
+
+    def forward(self, hidden_states, targets=None, factors=None, table=None):
+        """(…, H) -> (…, V); or, with targets (N,) and factors (N,), (N, H) -> the sum of factor x cross-entropy
+        and, without gradient, the N cross-entropies. `table` is read in place of the weight."""
+        table = self.weight if table is None else table
+        if targets is None:
+            return F.linear(hidden_states, table, self.bias)
+        dtype = self.product_dtype()
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return _VocabularyLoss.apply(
+                hidden_states.to(dtype), table.to(dtype), self.bias.to(dtype), targets, factors
+            )
+
+    def product_dtype(self) -> torch.dtype:
+        device_type = self.weight.device.type
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.weight.dtype
+
+
 class UC2LMHead(nn.Module):
-    """XLM-R's LM head; its decoder is tied to the word embeddings. (…, H) -> (…, V)"""
+    """XLM-R's LM head; its decoder is tied to the word embeddings. Arguments and results as `UC2Decoder`'s."""
 
     def __init__(self, config: UC2Config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = UC2Decoder(config.hidden_size, config.vocab_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.layer_norm(F.gelu(self.dense(hidden_states))))
+    def forward(self, hidden_states, targets=None, factors=None, table=None):
+        return self.decoder(self.layer_norm(F.gelu(self.dense(hidden_states))), targets, factors, table)
 
 
 class UC2RegionClassifier(nn.Module):
@@ -394,7 +494,9 @@ class UC2Model(UC2PreTrainedModel):
 
     def embed_regions(self, region_features, region_boxes, region_mask=None):
         """(B, R, F) features, (B, R, 4) boxes, (B, R) True where masked, -> (B, R, H) as the encoder reads them."""
-        token_type = self.embeddings.token_type_embeddings.weight[REGION_TYPE]
+        # Through the module, whose hooks gather the table where it is sharded (ZeRO-3).
+        region_type = torch.full((1,), REGION_TYPE, device=region_features.device)
+        token_type = self.embeddings.token_type_embeddings(region_type)
         return self.region_embeddings(region_features, region_boxes, token_type, region_mask)
 
     @merge_with_config_defaults
@@ -410,6 +512,7 @@ class UC2Model(UC2PreTrainedModel):
         region_attention_mask: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        read_index: tuple | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -422,13 +525,17 @@ class UC2Model(UC2PreTrainedModel):
             region_boxes (`(B, R, 4)`): x1, y1, x2, y2 in [0, 1] of the image's width and height.
             region_attention_mask (`(B, R)`): 1 for real regions; all real if left out.
             region_mask (`(B, R)`): true where the learnt mask vector is added to the feature.
+            read_index: index of `(B, T + R)`, the first position of each row included: where the caller reads
+                `last_hidden_state`. It stays 0 elsewhere, which spares the last layer most of its work.
+                Without effect when hidden states are asked for.
 
         Returns `last_hidden_state` `(B, T + R, H)`, text first, and `pooler_output` `(B, H)`.
         Raises `ValueError` for shapes that do not fit together; NaN features, boxes outside the image and
         examples without any token or region are looked for on the CPU only, where it needs no synchronisation.
         """
-        _check_shapes(self.config, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids)
-        _check_region_shapes(self.config, region_features, region_boxes, region_attention_mask, region_mask)
+        _check_text(self.config, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids)
+        _check_regions(self.config, region_features, region_boxes, region_attention_mask, region_mask)
+        _check_parts(input_ids, inputs_embeds, region_features)
         parts, masks = [], []
         if input_ids is not None or inputs_embeds is not None:
             parts.append(self.embed_text(input_ids, position_ids, token_type_ids, inputs_embeds))
@@ -436,18 +543,16 @@ class UC2Model(UC2PreTrainedModel):
         if region_features is not None:
             parts.append(self.embed_regions(region_features, region_boxes, region_mask))
             masks.append(_mask_or_ones(region_attention_mask, parts[-1]))
-        if not parts:
-            raise ValueError("UC2 got neither text (input_ids or inputs_embeds) nor regions (region_features).")
-        if len(parts) == 2 and len(parts[0]) != len(parts[1]):
-            raise ValueError(f"The batch has {len(parts[0])} texts but {len(parts[1])} region sets.")
         sequence, mask = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
-        if sequence.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _reads_values(sequence):
             _check_values(mask, region_features, region_boxes, masks[-1])
 
         encoder_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=sequence, attention_mask=mask
         )
-        hidden_states = self.encoder(sequence, attention_mask=encoder_mask, **kwargs).last_hidden_state
+        if kwargs.get("output_hidden_states", self.config.output_hidden_states):
+            read_index = None
+        hidden_states = self.encoder(sequence, encoder_mask, read_index, **kwargs).last_hidden_state
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.pooler(hidden_states)
         )
@@ -459,10 +564,42 @@ def _mask_or_ones(mask: torch.Tensor | None, embeddings: torch.Tensor) -> torch.
     return mask.to(device=embeddings.device, dtype=torch.long)
 
 
-def _check_shapes(config, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids):
+def _reads_values(tensor: torch.Tensor) -> bool:
+    """Whether looking at a tensor's values costs no synchronisation and no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_ids(name: str, ids: torch.Tensor | None, size: int, ignored: int | None = None):
+    """Every id lies in [0, size), or is the ignored one."""
+    if ids is None or not _reads_values(ids):
+        return
+    outside = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        outside &= ids != ignored
+    if bool(outside.any()):
+        place = outside.nonzero()[0].tolist()
+        raise ValueError(f"{name}{place} is {int(ids[tuple(place)])}; expected an id in [0, {size}).")
+
+
+def _check_parts(input_ids, inputs_embeds, region_features):
+    text = input_ids if input_ids is not None else inputs_embeds
+    if text is None and region_features is None:
+        raise ValueError("UC2 got neither text (input_ids or inputs_embeds) nor regions (region_features).")
+    if text is not None and region_features is not None and len(text) != len(region_features):
+        raise ValueError(f"The batch has {len(text)} texts but {len(region_features)} region sets.")
+
+
+def _check_text(config, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids):
     if input_ids is not None and inputs_embeds is not None:
         raise ValueError("UC2 takes input_ids or inputs_embeds, not both.")
     text = input_ids if input_ids is not None else inputs_embeds
+    if input_ids is not None and input_ids.dim() != 2:
+        raise ValueError(f"input_ids is {tuple(input_ids.shape)}; expected (batch, tokens).")
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size):
+        raise ValueError(
+            f"inputs_embeds is {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
+            f"hidden_size={config.hidden_size})."
+        )
     given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
     for name, tensor in given.items():
         if tensor is None:
@@ -475,9 +612,12 @@ def _check_shapes(config, input_ids, inputs_embeds, attention_mask, token_type_i
     longest = config.max_position_embeddings - config.pad_token_id - 1
     if text is not None and position_ids is None and text.shape[1] > longest:
         raise ValueError(f"The text has {text.shape[1]} tokens; UC2 has positions for {longest}.")
+    _check_ids("input_ids", input_ids, config.vocab_size)
+    _check_ids("token_type_ids", token_type_ids, config.type_vocab_size)
+    _check_ids("position_ids", position_ids, config.max_position_embeddings)
 
 
-def _check_region_shapes(config, region_features, region_boxes, region_attention_mask, region_mask):
+def _check_regions(config, region_features, region_boxes, region_attention_mask, region_mask):
     given = {
         "region_boxes": region_boxes,
         "region_attention_mask": region_attention_mask,
@@ -548,7 +688,10 @@ class UC2ForPreTraining(UC2PreTrainedModel):
         return self.lm_head.decoder
 
     def set_output_embeddings(self, new_embeddings):
-        self.lm_head.decoder = new_embeddings
+        """Takes over the parameters only: resizing brings a plain `nn.Linear`."""
+        decoder = self.lm_head.decoder
+        decoder.weight, decoder.bias = new_embeddings.weight, new_embeddings.bias
+        decoder.out_features = len(new_embeddings.weight)
 
     @can_return_tuple
     def forward(
@@ -587,6 +730,25 @@ class UC2ForPreTraining(UC2PreTrainedModel):
                 micro-batches and processes; this batch's own if left out.
             output_prediction_logits: whether to return them; by default only when no labels are given.
         """
+        _check_text(self.config, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids)
+        _check_regions(self.config, region_features, region_boxes, region_attention_mask, region_mask)
+        _check_parts(input_ids, inputs_embeds, region_features)
+        text = input_ids if input_ids is not None else inputs_embeds
+        token_targets = self._join_token_targets(text, region_features, labels, region_labels)
+        other_targets = (region_class_labels, region_class_probs, region_feature_targets)
+        has_targets = any(target is not None for target in (labels, region_labels, itm_labels, *other_targets))
+        read_index = None
+        if has_targets and all(target is None for target in other_targets):
+            read = token_targets != IGNORED
+            read[:, 0] = True
+            read_index = read.nonzero(as_tuple=True)
+        table = None
+        if has_targets and input_ids is not None and not torch.compiler.is_compiling():
+            inputs_embeds, table = self._look_up(input_ids)
+        if table is not None:
+            if position_ids is None:
+                position_ids = self.uc2.embeddings.count_positions(input_ids, None)
+            input_ids = None
         outputs = self.uc2(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -597,86 +759,83 @@ class UC2ForPreTraining(UC2PreTrainedModel):
             region_attention_mask=region_attention_mask,
             region_mask=region_mask,
             inputs_embeds=inputs_embeds,
+            read_index=read_index,
             return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        num_regions = 0 if region_features is None else region_features.shape[1]
-        text_length = hidden.shape[1] - num_regions
         itm_logits = self.itm_head(outputs.pooler_output)
         result = UC2PreTrainingOutput(
             itm_logits=itm_logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-        targets = (labels, region_labels, itm_labels, region_class_labels, region_class_probs, region_feature_targets)
-        if all(target is None for target in targets):
+        if not has_targets:
             if output_prediction_logits is None or output_prediction_logits:
                 result.prediction_logits = self.lm_head(hidden)
             return result
 
-        items = _ObjectiveItems(batch_size=len(hidden), with_correct=not self.training)
-        self._add_token_items(
-            items, hidden, text_length, labels, region_labels, objective_ids, output_prediction_logits, result
+        text_length = 0 if text is None else text.shape[1]
+        items = _ObjectiveItems(hidden, self.config.objective_weights, num_items_in_batch, not self.training)
+        objectives = _token_objectives(token_targets, text_length, objective_ids)
+        result.prediction_logits = self._add_token_items(
+            items, hidden, token_targets, objectives, bool(output_prediction_logits), table
         )
         self._add_matching_items(items, itm_logits, itm_labels)
         self._add_ablation_items(
-            items,
-            hidden[:, text_length:],
-            region_class_labels,
-            region_class_probs,
-            region_feature_targets,
-            _rows_of("mrfr", region_mask, objective_ids),
+            items, hidden[:, text_length:], *other_targets, _rows_of("mrfr", region_mask, objective_ids)
         )
-        items.summarise_into(result, self.config.objective_weights, num_items_in_batch)
+        items.summarise_into(result)
         return result
 
-    def _add_token_items(
-        self, items, hidden, text_length, labels, region_labels, objective_ids, output_logits, result
-    ):
-        """MLM, VTLM, TLM (text positions) and MRTM (regions): one cross-entropy over the picked positions."""
-        targets = hidden.new_full(hidden.shape[:2], IGNORED, dtype=torch.long)
-        objectives = hidden.new_full(hidden.shape[:2], OBJECTIVES.index("mrtm"), dtype=torch.long)
-        if labels is not None:
-            targets[:, :text_length] = labels
-        if region_labels is not None:
-            targets[:, text_length:] = region_labels
-        objectives[:, :text_length] = OBJECTIVES.index("mlm")
-        if objective_ids is not None:
-            text_ids = torch.tensor([OBJECTIVES.index(name) for name in TEXT_OBJECTIVES], device=hidden.device)
-            is_text = torch.isin(objective_ids, text_ids).unsqueeze(1)
-            objectives[:, :text_length] = torch.where(
-                is_text, objective_ids.unsqueeze(1), objectives[:, :text_length]
-            )
-        picked = targets != IGNORED
-        losses, correct, logits = self._decode(hidden[picked], targets[picked], bool(output_logits))
-        items.add(picked.nonzero()[:, 0], objectives[picked], losses, correct)
-        result.prediction_logits = logits
+    def _join_token_targets(self, text, regions, labels, region_labels) -> torch.LongTensor:
+        """(B, T + R): the word asked for at each position, or -100."""
+        given = {"labels": (labels, text), "region_labels": (region_labels, regions)}
+        parts = []
+        for name, (target, states) in given.items():
+            if target is not None and (states is None or target.shape != states.shape[:2]):
+                found = "absent" if states is None else tuple(states.shape[:2])
+                raise ValueError(f"{name} is {tuple(target.shape)}; the inputs that it labels are {found}.")
+            _check_ids(name, target, self.config.vocab_size, ignored=IGNORED)
+            if states is not None:
+                nothing = states.new_full(states.shape[:2], IGNORED, dtype=torch.long)
+                parts.append(nothing if target is None else target)
+        return torch.cat(parts, dim=1)
 
-    def _decode(self, hidden, targets, keep_logits: bool):
-        """(N, H), (N,) -> losses (N,), hits (N,) and logits (N, V) if kept.
+    def _look_up(self, input_ids):
+        """Word embeddings (B, T, H) and the table for the LM head, which then share one gradient; or None, None
+        where the two are not one plain parameter: untied, frozen, adapted or sharded."""
+        words, decoder = self.get_input_embeddings(), self.lm_head.decoder
+        weight = words.weight
+        plain = type(words) is nn.Embedding and type(weight) is nn.Parameter and weight.dim() == 2
+        if not (plain and weight is decoder.weight and weight.requires_grad and torch.is_grad_enabled()):
+            return None, None
+        return _TiedTable.apply(weight, input_ids, words.padding_idx)
 
-        In training the logits are computed `LOGIT_ROWS` positions at a time and again in the backward pass, so
-        that N x V values and their gradient never exist together.
-        """
-
-        def chunk_losses(hidden, targets):
-            logits = self.lm_head(hidden).float()
-            return F.cross_entropy(logits, targets, reduction="none"), logits
-
-        if not keep_logits and self.training and len(targets) > LOGIT_ROWS:
-            losses = [
-                checkpoint(lambda h, t: chunk_losses(h, t)[0], h, t, use_reentrant=False)
-                for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-            ]
-            return torch.cat(losses), None, None
-        if keep_logits or self.training:
-            losses, logits = chunk_losses(hidden, targets)
-            return losses, logits.detach().argmax(dim=-1) == targets, logits if keep_logits else None
-        losses, hits = [], []
-        for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            loss, logits = chunk_losses(h, t)
-            losses.append(loss)
-            hits.append(logits.argmax(dim=-1) == t)
-        return torch.cat(losses), torch.cat(hits), None
+    def _add_token_items(self, items, hidden, token_targets, objectives, keep_logits: bool, table):
+        """MLM, VTLM, TLM (text positions) and MRTM (regions): one cross-entropy over the positions with a target.
+        Returns their logits if they are to be kept."""
+        picked = token_targets != IGNORED
+        rows, objectives = picked.nonzero()[:, 0], objectives[picked]
+        hidden, targets = hidden[picked], token_targets[picked]
+        # float16 needs the loss scale before its gradients are rounded; only the backward pass knows it.
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and not keep_logits
+            and self.lm_head.decoder.product_dtype() != torch.float16
+        ):
+            loss, losses = self.lm_head(hidden, targets, items.factors(objectives), table)
+            items.add(rows, objectives, losses, loss=loss)
+            return None
+        losses, hits, logits = [], [], []
+        chunk = max(len(targets), 1) if keep_logits else LOGIT_ROWS
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits.append(self.lm_head(h, table=table))
+            losses.append(F.cross_entropy(logits[-1].float(), t, reduction="none"))
+            hits.append(logits[-1].argmax(dim=-1) == t)
+            if not keep_logits:
+                logits.clear()
+        items.add(rows, objectives, torch.cat(losses), torch.cat(hits))
+        return logits[0] if keep_logits else None
 
     def _add_matching_items(self, items, itm_logits, itm_labels):
         if itm_labels is None:
@@ -722,40 +881,61 @@ def _rows_of(objective: str, region_mask: torch.Tensor | None, objective_ids: to
     return region_mask.bool() & (objective_ids == OBJECTIVES.index(objective)).unsqueeze(1)
 
 
+def _token_objectives(token_targets, text_length: int, objective_ids) -> torch.LongTensor:
+    """(B, T + R) index in `OBJECTIVES` of what a target at each position belongs to."""
+    objectives = torch.full_like(token_targets, OBJECTIVES.index("mrtm"))
+    objectives[:, :text_length] = OBJECTIVES.index("mlm")
+    if objective_ids is not None:
+        for name in TEXT_OBJECTIVES:
+            index = OBJECTIVES.index(name)
+            objectives[:, :text_length].masked_fill_((objective_ids == index).unsqueeze(1), index)
+    return objectives
+
+
 class _ObjectiveItems:
     """Collects the losses of single targets, each with its example and its objective."""
 
-    def __init__(self, batch_size: int, with_correct: bool):
-        self.batch_size, self.with_correct = batch_size, with_correct
+    def __init__(self, hidden, weights: dict | None, num_items: torch.Tensor | None, with_correct: bool):
+        self.batch_size, self.num_items, self.with_correct = len(hidden), num_items, with_correct
+        self.weights = torch.tensor([(weights or {}).get(name, 1.0) for name in OBJECTIVES], device=hidden.device)
+        self.loss = self.weights.new_zeros(())
         self.rows, self.objectives, self.losses, self.correct = [], [], [], []
 
-    def add(self, rows, objective, losses, correct=None):
-        """rows (N,), objective an index or (N,), losses (N,), correct (N,) or None."""
+    def factors(self, objectives: torch.LongTensor) -> torch.Tensor:
+        """(N,) of each target in the loss: its objective's weight / targets of the objective in the update.
+        `objectives` are all of this batch's with these objectives."""
+        items = self.num_items
+        if items is None:
+            items = _sum_by(objectives, len(OBJECTIVES), torch.ones_like(objectives))
+        return (self.weights / items.to(self.weights.device).clamp(min=1))[objectives]
+
+    def add(self, rows, objective, losses, correct=None, loss=None):
+        """rows (N,), objective an index or (N,), losses (N,), correct (N,) or None; loss, the sum of the losses
+        times their factors, if there is one already."""
         objectives = objective if torch.is_tensor(objective) else torch.full_like(rows, objective)
+        losses = losses.float()
+        self.loss = self.loss + ((self.factors(objectives) * losses).sum() if loss is None else loss)
         self.rows.append(rows)
         self.objectives.append(objectives)
-        self.losses.append(losses.float())
+        self.losses.append(losses.detach())
         self.correct.append(torch.zeros_like(rows) if correct is None else correct.long())
 
-    def summarise_into(self, result: UC2PreTrainingOutput, weights: dict | None, num_items) -> None:
+    def summarise_into(self, result: UC2PreTrainingOutput) -> None:
         rows, objectives = torch.cat(self.rows), torch.cat(self.objectives)
-        losses, correct = torch.cat(self.losses), torch.cat(self.correct)
-
-        def total(index, size, values):
-            return values.new_zeros(size).index_add(0, index, values)
-
-        count = len(OBJECTIVES)
-        ones = torch.ones_like(rows)
-        objective_loss, items = total(objectives, count, losses), total(objectives, count, ones)
-        weights = losses.new_tensor([(weights or {}).get(name, 1.0) for name in OBJECTIVES])
-        divisor = items if num_items is None else num_items.to(losses.device)
-        result.loss = (weights * objective_loss / divisor.clamp(min=1)).sum()
-        result.objective_loss, result.objective_items = objective_loss.detach(), items
-        result.example_loss = total(rows, self.batch_size, losses.detach())
-        result.example_items = total(rows, self.batch_size, ones)
+        losses, correct, ones = torch.cat(self.losses), torch.cat(self.correct), torch.ones_like(rows)
+        result.loss = self.loss
+        result.objective_loss = _sum_by(objectives, len(OBJECTIVES), losses)
+        result.objective_items = _sum_by(objectives, len(OBJECTIVES), ones)
+        result.example_loss = _sum_by(rows, self.batch_size, losses)
+        result.example_items = _sum_by(rows, self.batch_size, ones)
         if self.with_correct:
-            result.objective_correct = total(objectives, count, correct)
-            result.example_correct = total(rows, self.batch_size, correct)
+            result.objective_correct = _sum_by(objectives, len(OBJECTIVES), correct)
+            result.example_correct = _sum_by(rows, self.batch_size, correct)
+
+
+def _sum_by(index: torch.LongTensor, size: int, values: torch.Tensor) -> torch.Tensor:
+    """(N,) places, (N,) values -> (size,) sum of the values at each place."""
+    return values.new_zeros(size).index_add(0, index, values)
 
 
 def triplet_loss(logits: torch.Tensor, margin: float = 0.2) -> torch.Tensor:
@@ -821,6 +1001,7 @@ class UC2ForRetrieval(UC2PreTrainedModel):
             region_attention_mask=region_attention_mask,
             region_mask=region_mask,
             inputs_embeds=inputs_embeds,
+            read_index=FIRST_TOKEN,
             return_dict=True,
             **kwargs,
         )
@@ -881,6 +1062,7 @@ class UC2ForVQA(UC2PreTrainedModel):
             region_attention_mask=region_attention_mask,
             region_mask=region_mask,
             inputs_embeds=inputs_embeds,
+            read_index=FIRST_TOKEN,
             return_dict=True,
             **kwargs,
         )
