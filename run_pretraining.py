@@ -21,7 +21,7 @@ from uc2.checkpoints import checkpoint_to_resume, saved_history
 from uc2.collator import UC2DataCollator
 from uc2.early_adaptation import adapt_region_encoder
 from uc2.hub import open_repository
-from uc2.model_card import card_names, write_model_card
+from uc2.model_card import card_names, training_table, write_model_card
 from uc2.object_labels import LabelTokens, load_object_labels
 from uc2.output_folder import exclusive_output
 from uc2.pretraining_arguments import (
@@ -223,16 +223,9 @@ def report(trainer, metrics, ea_history, model_args, data_args, ea_args, args) -
             "base_model": model_args.model_name_or_path or model_args.text_encoder,
             "objective_mix": json.loads(data_args.objective_mix),
             "early_adaptation_steps": ea_args.ea_steps,
-            "learning_rate": args.learning_rate,
-            "optimiser_steps": trainer.state.global_step,
             "tokens_per_batch": data_args.tokens_per_batch,
             "per_device_train_batch_size": None if data_args.tokens_per_batch else args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "adam_betas": [args.adam_beta1, args.adam_beta2],
-            "weight_decay": args.weight_decay,
-            "warmup": args.warmup_steps,
-            "seed": args.seed,
+            **training_table(args, trainer.state.global_step),
         },
         results=card_results(metrics, data_args.languages),
     )

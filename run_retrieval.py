@@ -27,13 +27,14 @@ from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
 from uc2.hub import open_repository
-from uc2.model_card import card_names, write_model_card
+from uc2.model_card import card_names, training_table, write_model_card
 from uc2.output_folder import exclusive_output
 from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
 from uc2.retrieval import search, search_captions
 from uc2.retrieval_data import RetrievalCollator, RetrievalDataset, load_captions_of, load_test_sets
 from uc2.retrieval_report import (
+    card_results,
     evaluate_retrieval,
     flat_metrics,
     format_table,
@@ -343,32 +344,12 @@ def report(trainer, results: dict, data, loss, adapters: dict, scoring, args) ->
             "negative_captions": loss.num_negative_captions,
             "hard_negatives": loss.hard_negatives,
             **adapters,
-            "learning_rate": args.learning_rate,
-            "optimiser_steps": trainer.state.global_step,
             "pairs_per_batch": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "weight_decay": args.weight_decay,
-            "warmup": args.warmup_steps,
-            "seed": args.seed,
+            **training_table(args, trainer.state.global_step),
             "scoring_precision": scoring.precision,
         },
         results=card_results(results),
     )
-
-
-def card_results(results: dict) -> list[dict]:
-    """Every recall as a model-index entry, and Meta-Ave."""
-    if not results:
-        return []
-    rows = [
-        {"task": "retrieval", "dataset": name, "language": language, "metric": metric, "value": value}
-        for name, languages in results["datasets"].items()
-        for language, recalls in languages.items()
-        for metric, value in recalls.items()
-    ]
-    average = {"metric": "meta_average", "value": results["meta_average"]}
-    return [*rows, {"task": "retrieval", "dataset": "all data sets and languages", **average}]
 
 
 def run_search(data, find: SearchArguments, store, eval_files, scoring_options, args) -> list:

@@ -25,7 +25,7 @@ from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
 from uc2.hub import open_repository
-from uc2.model_card import card_names, write_model_card
+from uc2.model_card import card_names, training_table, write_model_card
 from uc2.output_folder import exclusive_output
 from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
@@ -309,17 +309,11 @@ def report(
             "base_model": data.model_name_or_path,
             "answer_vocabulary": data.answer_vocabulary,
             **adapters,
-            "learning_rate": args.learning_rate,
-            "optimiser_steps": trainer.state.global_step,
             "tokens_per_batch": data.tokens_per_batch or None,
             "per_device_train_batch_size": None
             if data.tokens_per_batch
             else args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "weight_decay": args.weight_decay,
-            "warmup": args.warmup_steps,
-            "seed": args.seed,
+            **training_table(args, trainer.state.global_step),
         },
         results=card_results(results),
     )

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors import safe_open
 from transformers import TrainingArguments
 
 from uc2.atomic_files import atomic_file
@@ -123,11 +124,13 @@ def write_model_card(
         load_from=load_from or model_name,
         language_list=", ".join(languages) or "not stated",
         several_languages=len(languages) > 1,
-        base_model_text=base_model,
+        base_model_text=None if base_model is None else _shown(base_model),
         objectives=", ".join(OBJECTIVES[name] for name in getattr(config, "objectives", ())) or "not stated",
         early_adaptation=bool(hyperparameters.get("early_adaptation_steps")),
         architecture=ARCHITECTURES.get(kind, ENCODER),
-        sizes=_table({name: getattr(config, name) for name in SIZES if hasattr(config, name)}),
+        sizes=_table(_sizes(config, Path(folder))),
+        has_curves=Path(folder, "curves.png").is_file(),
+        has_chance=any(result.get("chance") is not None for result in results),
         num_answers=getattr(config, "num_labels", None),
         data=_table(data or {}),
         hyperparameters=_table(hyperparameters),
@@ -149,12 +152,29 @@ def card_names(args: TrainingArguments) -> dict[str, str]:
     return {"model_name": Path(load_from).absolute().name, "load_from": load_from}
 
 
+def training_table(args: TrainingArguments, steps: int) -> dict:
+    """The options of a run that every script has, for `hyperparameters`."""
+    return {
+        "learning_rate": args.learning_rate,
+        "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+        "warmup": args.warmup_steps,
+        "optimiser_steps": steps,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "adam_betas": [args.adam_beta1, args.adam_beta2],
+        "weight_decay": args.weight_decay,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "seed": args.seed,
+    }
+
+
 def _template(kind: str):
     """The template of a kind of card, in a checkout or in an installed package."""
     if not any((folder / f"{kind}.md").is_file() for folder in TEMPLATE_FOLDERS):
         raise FileNotFoundError(f"no {kind}.md in {' or '.join(map(str, TEMPLATE_FOLDERS))}")
     loader = FileSystemLoader(TEMPLATE_FOLDERS, encoding="utf-8")
-    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True).get_template(f"{kind}.md")
+    options = {"trim_blocks": True, "keep_trailing_newline": True}
+    return Environment(loader=loader, undefined=StrictUndefined, **options).get_template(f"{kind}.md")
 
 
 def _without_gaps(text: str) -> str:
@@ -188,7 +208,7 @@ def _eval_result(result: Mapping) -> EvalResult:
         dataset_split=result.get("split"),
         metric_type=_slug(result["metric"]),
         metric_name=result["metric"],
-        metric_value=result["value"],
+        metric_value=round(result["value"], 4),
     )
 
 
@@ -207,6 +227,16 @@ def _is_hub_id(name: str | None) -> bool:
     return True
 
 
+def _sizes(config, folder: Path) -> dict:
+    """The sizes that a configuration has, and the number of parameters in the folder's weights."""
+    sizes = {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
+    parameters = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as weights:
+            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+    return sizes | ({"parameters": parameters} if parameters else {})
+
+
 def _table(values: Mapping) -> str:
     """A Markdown table of names and values, without those that are None; empty without values."""
     rows = [[name.replace("_", " "), _shown(value)] for name, value in values.items() if value is not None]
@@ -214,23 +244,15 @@ def _table(values: Mapping) -> str:
 
 
 def _result_table(results: Sequence[Mapping]) -> str:
-    if not results:
-        return ""
-    rows = [
-        [
-            result["task"],
-            result["dataset"],
-            result.get("language") or "",
-            result["metric"],
-            f"{result['value']:.4g}",
-            "" if result.get("chance") is None else f"{result['chance']:.4g}",
-        ]
-        for result in results
-    ]
-    header = ["Task", "Data", "Language", "Metric", "Value", "By chance"]
-    if not any(row[-1] for row in rows):
-        header, rows = header[:-1], [row[:-1] for row in rows]
-    return _markdown_table(header, rows)
+    """A row per data set and language, a column per metric; in parentheses what is reached by chance."""
+    metrics = list(dict.fromkeys(result["metric"] for result in results))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        cells = rows.setdefault((result["dataset"], result.get("language") or ""), {})
+        chance = "" if result.get("chance") is None else f" ({result['chance']:.1f})"
+        cells[result["metric"]] = f"{result['value']:.1f}{chance}"
+    lines = [[*place, *(cells.get(metric, "") for metric in metrics)] for place, cells in rows.items()]
+    return _markdown_table(["Data", "Language", *metrics], lines) if results else ""
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -239,12 +261,15 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _shown(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_shown(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_shown, value))
-    return str(value)
+    # A card is read by others, whom the author's folders tell nothing.
+    return Path(value).name if isinstance(value, (str, Path)) and Path(value).is_absolute() else str(value)

@@ -73,14 +73,14 @@ def card_results(metrics: dict[str, float], languages: list[str]) -> list[dict]:
         for name in COLUMNS:
             key = f"{name}_{language}"
             if f"eval_accuracy_{key}" in metrics:
-                result = {"task": CARD_TASKS[name], "dataset": "held-out captions", "metric": "accuracy"}
+                result = {"task": CARD_TASKS[name], "metric": f"{name.upper()} accuracy"}
                 value, chance = (100 * metrics[f"eval_{kind}_{key}"] for kind in ("accuracy", "chance"))
                 results.append({**result, "language": language, "value": value, "chance": chance})
         if f"eval_average_recall_{language}" in metrics:
-            result = {"task": "zero-shot retrieval", "dataset": "held-out captions", "metric": "average recall"}
+            result = {"task": "zero-shot retrieval", "metric": "zero-shot average recall"}
             value, chance = (metrics[f"eval_{kind}average_recall_{language}"] for kind in ("", "chance_"))
             results.append({**result, "language": language, "value": value, "chance": chance})
-    return results
+    return [{**result, "dataset": "held-out captions"} for result in results]
 
 
 def report_table(metrics: dict[str, float], languages: list[str]) -> str:

@@ -16,6 +16,11 @@ from uc2.scoring import save_scores
 from uc2.visualization import image_grid, recall_curves
 
 KS = (1, 5, 10)
+WAYS = {"text_to_image": "T→I", "image_to_text": "I→T"}
+METRICS = {f"{way}_r{k}": f"{sign} R@{k}" for way, sign in WAYS.items() for k in KS}
+METRICS["average_recall"] = "AR"
+CARD_METRICS = {f"{way}_r{k}": f"{way.replace('_', '-')} R@{k}" for way in WAYS for k in KS}
+CARD_METRICS["average_recall"] = "average recall"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
@@ -81,8 +86,7 @@ def _rows(by_dataset: Mapping) -> list[tuple[str, str, dict[str, float]]]:
 
 def format_table(results: dict) -> str:
     """Table 1's layout in Markdown: R@1/5/10 each way and AR per data set and language, then Meta-Ave."""
-    metrics = [f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in KS] + ["average_recall"]
-    titles = [f"{way} R@{k}" for way in ("T→I", "I→T") for k in KS] + ["AR", "AR by chance"]
+    metrics, titles = list(METRICS), [*METRICS.values(), "AR by chance"]
     lines = ["| data set | language | " + " | ".join(titles) + " |", "|---|---|" + "---:|" * len(titles)]
     for name, language, recalls in _rows(results["datasets"]):
         values = [recalls[metric] for metric in metrics]
@@ -91,6 +95,20 @@ def format_table(results: dict) -> str:
     averages = f"**{results['meta_average']:.1f}** | {results['chance_meta_average']:.1f}"
     lines.append("| **Meta-Ave** | |" + " |" * len(metrics[:-1]) + f" {averages} |")
     return "\n".join(lines)
+
+
+def card_results(results: dict) -> list[dict]:
+    """Every recall as an entry of the card's model-index, beside that of a constant scorer, and Meta-Ave."""
+    if not results:
+        return []
+    rows = [
+        {"task": "retrieval", "dataset": name, "language": language, "metric": CARD_METRICS[metric]}
+        | {"value": value, "chance": results["chance"][name][language][metric]}
+        for name, language, recalls in _rows(results["datasets"])
+        for metric, value in recalls.items()
+    ]
+    average = {"metric": "Meta-Ave", "value": results["meta_average"], "chance": results["chance_meta_average"]}
+    return [*rows, {"task": "retrieval", "dataset": "all data sets and languages", **average}]
 
 
 def write_results(folder: str | os.PathLike, results: dict) -> None:
@@ -109,7 +127,7 @@ def write_results(folder: str | os.PathLike, results: dict) -> None:
         writer.writerow(("", "", "meta_average", results["meta_average"]))
     with atomic_file(folder / "table.md") as temporary:
         temporary.write_text(format_table(results) + "\n", encoding="utf-8")
-    for direction in ("text_to_image", "image_to_text"):
+    for direction in WAYS:
         plot_recall(results, folder / f"recall_{direction}.png", direction)
 
 

@@ -65,6 +65,7 @@ def card_results(results: Mapping) -> list[dict]:
     task = {"task": "visual question answering"}
     return [
         {**task, "dataset": name, "language": language, "metric": title, "value": row[metric]}
+        | ({"chance": row["constant_vqa_score"]} if metric == "vqa_score" else {})
         for name, language, row in _rows(results)
         for metric, title in METRICS.items()
     ]
