@@ -585,7 +585,8 @@ def _check_parts(input_ids, inputs_embeds, region_features):
     text = input_ids if input_ids is not None else inputs_embeds
     if text is None and region_features is None:
         raise ValueError("UC2 got neither text (input_ids or inputs_embeds) nor regions (region_features).")
-    if text is not None and region_features is not None and len(text) != len(region_features):
+    # Of `.shape`, as `len()` of a tensor would fix the batch size of a traced graph.
+    if text is not None and region_features is not None and text.shape[0] != region_features.shape[0]:
         raise ValueError(f"The batch has {len(text)} texts but {len(region_features)} region sets.")
 
 
