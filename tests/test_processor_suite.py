@@ -77,11 +77,18 @@ def test_a_loaded_processor_is_the_saved_one(processor, saved):
     assert UC2Processor.from_pretrained(saved / "again").to_dict() == processor.to_dict()
 
 
+def test_loaded_parts_make_the_loaded_processor(saved):
+    parts = {"tokenizer": AutoTokenizer.from_pretrained(saved)}
+    built = UC2Processor(**parts, object_labels={"en": ["ball"]}, **OPTIONS)
+    assert built.to_dict() == UC2Processor.from_pretrained(saved).to_dict()
+
+
 def test_options_of_the_tokenizer_go_through(processor, saved):
-    expected = AutoTokenizer.from_pretrained(saved, bos_token="(BOS)", eos_token="(EOS)")
-    loaded = UC2Processor.from_pretrained(saved, bos_token="(BOS)", eos_token="(EOS)", max_regions=9)
+    tokens = {"bos_token": "(BOS)", "cls_token": "(CLS)", "sep_token": "(SEP)"}
+    expected = AutoTokenizer.from_pretrained(saved, **tokens)
+    loaded = UC2Processor.from_pretrained(saved, **tokens, max_regions=9)
     assert loaded.tokenizer.get_vocab() == expected.get_vocab() != processor.tokenizer.get_vocab()
-    assert (loaded.tokenizer.bos_token, loaded.max_regions) == ("(BOS)", 9)
+    assert {name: getattr(loaded.tokenizer, name) for name in tokens} == tokens and loaded.max_regions == 9
 
 
 def test_parts_may_be_given_when_loading(processor, saved):
@@ -104,6 +111,14 @@ def test_chat_templates_are_saved_beside(processor, tmp_path):
     assert "test template" not in (tmp_path / "processor_config.json").read_text()
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert loaded.chat_template == loaded.tokenizer.chat_template == "test template"
+
+
+def test_several_chat_templates(processor, tmp_path):
+    processor.chat_template = {"default": "one", "other": "two"}
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "one"
+    assert (tmp_path / "additional_chat_templates" / "other.jinja").read_text() == "two"
+    assert UC2Processor.from_pretrained(tmp_path).chat_template == processor.chat_template
 
 
 # Calls
