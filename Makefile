@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint install clean
+.PHONY: demo demo-runs test lint install clean
+.DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
 
@@ -13,10 +14,17 @@ $(VENV)/.installed: setup.py
 	$(RUN) -m pip install --quiet torch torchvision -e ".[dev]"
 	touch $@
 
-# Small matrices are fastest on one thread; the other core prepares the batches.
+# --- demo: every run is a folder of demo/, done when its results.json is there; a killed demo goes on ---
+
+# Small matrices are fastest on one thread each; the fine-tuning runs go two at a time.
 demo: export OMP_NUM_THREADS = 1
-demo: install demo/pretraining/results.json demo/finetuned
+demo: install demo/pretraining/results.json
+	@$(MAKE) --no-print-directory -j 2 demo-runs
 	$(RUN) -m uc2.demo_report demo
+
+RETRIEVAL_RUNS := retrieval-untrained retrieval-zero-shot retrieval-en retrieval-de retrieval
+VQA_RUNS := vqa-en-untrained vqa-en vqa-ja
+demo-runs: $(patsubst %,demo/%/results.json,$(RETRIEVAL_RUNS) $(VQA_RUNS))
 
 demo/corpus/corpus.json:
 	$(RUN) prepare_corpus.py scenes --output_dir demo/corpus --num_train 2500 --num_val 150 --num_test 150
@@ -24,23 +32,37 @@ demo/corpus/corpus.json:
 demo/pretraining/results.json: demo/corpus/corpus.json
 	$(RUN) run_pretraining.py configs/pretrain_demo.yaml
 
-# Retrieval and VQA, and the same from a model that was never pre-trained, for comparison.
-RETRIEVAL := $(RUN) run_retrieval.py configs/retrieval_demo.yaml
-VQA := $(RUN) run_vqa.py configs/vqa_demo_en.yaml
-demo/finetuned:
-	$(RUN) run_pretraining.py configs/pretrain_demo.yaml --ea_steps 0 --max_steps 1 --learning_rate 0 \
-		--eval_strategy no --retrieval_images 0 --output_dir demo/untrained
-	$(RETRIEVAL) --model demo/untrained --train_languages en --output_dir demo/retrieval-untrained
-	$(RUN) run_retrieval.py --model demo/pretraining --region_store demo/corpus/regions \
-		--eval_files scenes=demo/corpus/captions_test.jsonl --eval_languages en de fr cs ja zh \
-		--output_dir demo/retrieval-zero-shot
-	$(RETRIEVAL) --train_languages en --output_dir demo/retrieval-en
-	$(RETRIEVAL) --train_languages de --output_dir demo/retrieval-de
-	$(RETRIEVAL)
-	$(VQA) --model demo/untrained --output_dir demo/vqa-en-untrained
-	$(VQA)
-	$(VQA) --languages ja --eval_languages ja --output_dir demo/vqa-ja
-	touch $@
+# The same network without any pre-training, for comparison: one step at learning rate 0.
+demo/untrained/results.json: demo/corpus/corpus.json
+	$(call quietly,run_pretraining.py configs/pretrain_demo.yaml --ea_steps 0 --max_steps 1 --learning_rate 0 \
+		--eval_strategy no --eval_passes 1 --retrieval_images 0 --output_dir demo/untrained)
+
+# Progress goes to a log file: two runs at a time would garble each other's bars.
+quietly = @echo "$(patsubst %/,%,$(dir $@)) …"; mkdir -p demo/logs; \
+	$(RUN) $(1) > demo/logs/$(notdir $(patsubst %/,%,$(dir $@))).log 2>&1 || \
+	{ tail -n 20 demo/logs/$(notdir $(patsubst %/,%,$(dir $@))).log; exit 1; }
+RETRIEVAL = $(call quietly,run_retrieval.py configs/retrieval_demo.yaml --output_dir $(@D) $(1))
+VQA = $(call quietly,run_vqa.py configs/vqa_demo_en.yaml --output_dir $(@D) $(1))
+
+demo/retrieval-untrained/results.json: demo/untrained/results.json
+	$(call RETRIEVAL,--model demo/untrained --train_languages en)
+demo/retrieval-zero-shot/results.json: demo/pretraining/results.json
+	$(call quietly,run_retrieval.py --model demo/pretraining --region_store demo/corpus/regions/test \
+		--eval_files scenes=demo/corpus/captions_test.jsonl --eval_languages en de fr cs ja zh --output_dir $(@D))
+demo/retrieval-en/results.json: demo/pretraining/results.json
+	$(call RETRIEVAL,--train_languages en)
+demo/retrieval-de/results.json: demo/pretraining/results.json
+	$(call RETRIEVAL,--train_languages de)
+demo/retrieval/results.json: demo/pretraining/results.json
+	$(call RETRIEVAL)
+demo/vqa-en-untrained/results.json: demo/untrained/results.json
+	$(call VQA,--model demo/untrained)
+demo/vqa-en/results.json: demo/pretraining/results.json
+	$(call VQA)
+demo/vqa-ja/results.json: demo/pretraining/results.json
+	$(call VQA,--languages ja --eval_languages ja)
+
+# --- checks ---
 
 test: install
 	$(VENV)/bin/ruff check .

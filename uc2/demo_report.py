@@ -1,6 +1,8 @@
 """The end of `make demo`: the paper's tables in miniature and its Figure 3, from what the runs left behind.
 
     python -m uc2.demo_report demo
+
+prints the tables and writes them, with the pictures, to demo/report.md.
 """
 
 import json
@@ -12,8 +14,11 @@ import numpy as np
 from modeling_uc2 import UC2ForPreTraining
 from processing_uc2 import UC2Processor
 
+from .atomic_files import atomic_file
+from .pretraining_report import report_table
 from .region_store import RegionStore
 from .rows import load_parallel_captions
+from .scene_captions import GRAMMARS
 from .visualization import draw_word_attention, heat_map, word_attention
 
 # Folder of a retrieval run -> its row in Table 1.
@@ -88,11 +93,43 @@ def attention_picture(demo: Path) -> Path:
     raise ValueError("no test scene names an object in the same form in all of " + ", ".join(ATTENTION_LANGUAGES))
 
 
+REPORT = """# The demo's results
+
+All figures in per cent, chance in brackets.
+
+## Pre-training: held-out accuracies, and retrieval with the ITM head without fine-tuning
+
+{pretraining}
+
+![losses and accuracies](pretraining/curves.png)
+
+## Table 1 in miniature: retrieval among the held-out scenes, average recall
+
+{retrieval}
+
+![average recall](retrieval.png)
+
+## Table 2 in miniature: visual question answering
+
+{vqa}
+
+## Figure 3 in miniature: where the word for one object looks, in three languages
+
+![attention](attention.png)
+"""
+
+
 def main(argv: list[str] | None = None) -> None:
     (folder,) = sys.argv[1:] if argv is None else argv
     demo = Path(folder)
-    print(retrieval_table(demo), vqa_table(demo), sep="\n\n")
-    print(f"\nPictures: {attention_picture(demo)}, {demo / 'retrieval.png'}, {demo / 'pretraining/curves.png'}")
+    metrics = _results(demo / "pretraining")
+    report = REPORT.format(
+        pretraining=report_table(metrics, list(GRAMMARS)), retrieval=retrieval_table(demo), vqa=vqa_table(demo)
+    )
+    attention_picture(demo)
+    with atomic_file(demo / "report.md") as temporary:
+        temporary.write_text(report, encoding="utf-8")
+    print(report, f"This report: {demo / 'report.md'}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase, XLMRobertaConfig, XLMRobertaFo
 # Share of an embedding that is the word's own: translations would otherwise be one and the same vector, and a
 # masked word's language could not be told.
 OWN_SHARE = 0.25
-# Words must outweigh positions for a small model to match words with regions early on.
-WORD_STD, POSITION_STD = 0.1, 0.02
+# Words must outweigh positions for a small model to match words with regions early on; and they must be large
+# beside an optimiser step, which would otherwise undo within an epoch what Early Adaptation matches regions with.
+WORD_STD, POSITION_STD, LINEAR_STD = 0.2, 0.04, 0.1
 
 
 def latent_semantic_embeddings(documents: Iterable[np.ndarray], vocab_size: int, width: int) -> np.ndarray:
@@ -68,7 +69,7 @@ def save_demo_text_encoder(
         max_position_embeddings=130,
         type_vocab_size=1,
         layer_norm_eps=1e-5,
-        initializer_range=WORD_STD,
+        initializer_range=LINEAR_STD,
         # So small a model underfits: dropout would only slow it down.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -80,6 +81,8 @@ def save_demo_text_encoder(
     with torch.no_grad():
         embeddings.word_embeddings.weight.copy_(torch.from_numpy(words) * WORD_STD * hidden_size**0.5)
         for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
-            table.weight.mul_(POSITION_STD / WORD_STD)
+            table.weight.mul_(POSITION_STD / LINEAR_STD)
+        # The logits keep the size they had with words of `LINEAR_STD`.
+        model.lm_head.layer_norm.weight.fill_(LINEAR_STD / WORD_STD)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
