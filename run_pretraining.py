@@ -19,6 +19,7 @@ from uc2.arguments import parse
 from uc2.atomic_files import atomic_file
 from uc2.checkpoints import checkpoint_to_resume, saved_history
 from uc2.collator import UC2DataCollator
+from uc2.distributed import not_sharded, whole_model
 from uc2.early_adaptation import adapt_region_encoder
 from uc2.hub import open_repository
 from uc2.model_card import card_names, training_table, write_model_card
@@ -61,7 +62,8 @@ def run(model_args, data_args, ea_args, report_args, args: PretrainingArguments)
     processor = build_processor(model_args, data_args, store)
     labels = LabelTokens(processor.object_labels, processor.tokenizer)
     mix = json.loads(data_args.objective_mix)
-    model = build_model(model_args, processor, store, labels, mix)
+    with not_sharded():
+        model = build_model(model_args, processor, store, labels, mix)
     datasets = {
         name: build_dataset(rows, store, processor, labels, mix, data_args, seed=args.seed + (name == "eval"))
         for name, rows in captions.items()
@@ -69,8 +71,9 @@ def run(model_args, data_args, ea_args, report_args, args: PretrainingArguments)
 
     checkpoint = checkpoint_to_resume(args) if args.do_train else None
     history = []
-    if ea_args.ea_steps and checkpoint is None:
-        history = run_early_adaptation(model, store, processor, labels, ea_args, args)
+    if ea_args.ea_steps and args.do_train and checkpoint is None:
+        with not_sharded():
+            history = run_early_adaptation(model, store, processor, labels, ea_args, args)
     elif ea_args.ea_steps:
         history = saved_history(early_adaptation_folder(args))
     trainer = UC2Trainer(
@@ -166,11 +169,16 @@ def run_early_adaptation(model, store, processor, labels, ea_args, args: Pretrai
         "gradient_accumulation_steps": 1,
         "save_total_limit": 1,
         "eval_strategy": "no",
+        "eval_on_start": False,
+        # There is no evaluation that could tell a best one.
+        "save_strategy": "steps" if args.save_strategy == "best" else args.save_strategy,
         "push_to_hub": False,
         "load_best_model_at_end": False,
-        # The stage has a handful of small tensors: sharding them would cost more than it saves.
+        # The stage has a handful of small tensors: what saves memory or time elsewhere costs both here.
         "deepspeed": None,
         "fsdp": None,
+        "activation_checkpointing": False,
+        "torch_compile": False,
     }
     stage_args = dataclasses.replace(args, **settings)
     return adapt_region_encoder(
@@ -193,7 +201,7 @@ def evaluate(trainer, rows, store, processor, data_args, report_args: ReportArgu
     metrics.update({f"eval_{name}": value for name, value in chance.items()})
     if report_args.retrieval_images:
         recalls = evaluate_zero_shot_retrieval(
-            trainer.accelerator.unwrap_model(trainer.model),
+            whole_model(trainer),
             processor,
             rows,
             store,

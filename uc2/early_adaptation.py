@@ -5,16 +5,18 @@ pulled towards the detector's class distribution (KL divergence). Everything but
 """
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from modeling_uc2 import UC2PreTrainedModel
 
 from .checkpoints import ResumableTrainer, checkpoint_to_resume
 from .object_labels import LabelTokens
+from .sampling import EpochBatchSampler, train_loader
 
 
 def early_adaptation_loss(
@@ -48,17 +50,19 @@ def class_distribution(class_ids: np.ndarray, class_scores: np.ndarray, num_clas
 
 
 class EarlyAdaptationDataset(Dataset):
-    """One image of a region store per item: its selected regions and their class distributions."""
+    """One image of a region store per key = epoch * images + image: its selected regions and their class
+    distributions."""
 
     def __init__(self, region_store, processor, num_classes: int):
         self.region_store, self.processor, self.num_classes = region_store, processor, num_classes
-        self.image_ids = list(region_store)
+        # A list of millions of strings would be copied into every loader process, reference count by count.
+        self.image_ids = pa.array(list(region_store), pa.large_string())
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        row = self.region_store[self.image_ids[index]]
+    def __getitem__(self, key: int) -> dict[str, np.ndarray]:
+        row = self.region_store[self.image_ids[key % len(self)].as_py()]
         kept = self.processor.select_regions(row.class_scores)
         if row.class_probs is None:
             probs = class_distribution(row.class_ids[kept], row.class_scores[kept], self.num_classes)
@@ -88,12 +92,42 @@ class EarlyAdaptationModel(nn.Module):
         self.register_buffer("labels", tables, persistent=False)
         self.temperature = temperature
 
-    def forward(self, region_features, region_boxes, class_probs) -> dict[str, torch.Tensor]:
+    def forward(self, region_features, region_boxes, class_probs, num_items_in_batch=None) -> dict[str, torch.Tensor]:
+        """The mean loss over regions and languages; with `num_items_in_batch`, this batch's share of the mean over
+        so many regions."""
         regions = self.region_embeddings(region_features, region_boxes, self.token_type)[0]
         losses = [
             early_adaptation_loss(regions, table, class_probs[0], self.temperature) for table in self.labels
         ]
-        return {"loss": torch.stack(losses).mean()}
+        count = len(regions) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": torch.stack(losses).mean(dim=0).sum() / count}
+
+
+class EarlyAdaptationTrainer(ResumableTrainer):
+    """The loss of an update is the mean over its regions, whichever process has them: 1 process x 8 images and
+    2 x 4 make the same update."""
+
+    # The model divides by the regions of the whole update.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        sampler = EpochBatchSampler(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            seed=self.args.seed,
+            multiple_of=self.args.world_size * self.args.gradient_accumulation_steps,
+            group_by_length=False,  # nothing is padded
+            drop_last=True,
+        )
+        return train_loader(self, sampler)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        regions = sum(batch["region_features"].shape[1] for batch in batch_samples)
+        return self.accelerator.reduce(torch.tensor(regions, device=device), reduction="sum")
 
 
 def adapt_region_encoder(
@@ -111,7 +145,7 @@ def adapt_region_encoder(
     `args.output_dir` holds the stage's checkpoints; it goes on from the last one.
     """
     stage = EarlyAdaptationModel(model, labels, languages, temperature)
-    trainer = ResumableTrainer(
+    trainer = EarlyAdaptationTrainer(
         model=stage,
         args=args,
         train_dataset=EarlyAdaptationDataset(region_store, processor, labels.num_classes),

@@ -59,7 +59,7 @@ class DataArguments:
 @dataclass
 class EarlyAdaptationArguments:
     ea_steps: int = field(default=0, metadata={"help": "Early Adaptation updates; 0 leaves the stage out."})
-    ea_batch_size: int = field(default=64, metadata={"help": "Images of an Early Adaptation update."})
+    ea_batch_size: int = field(default=64, metadata={"help": "Images of a process in an Early Adaptation update."})
     ea_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of Early Adaptation."})
     ea_temperature: float = field(default=1.0, metadata={"help": "Divides the cosine similarities."})
     ea_languages: list[str] = field(
@@ -89,6 +89,8 @@ class PretrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.01)
     warmup_steps: float = field(default=0.05, metadata={"help": "Below 1: share of all steps."})
     report_to: str | None = field(default="tensorboard")
+    # Every head takes part in every step, so that no parameter is ever without a gradient.
+    ddp_find_unused_parameters: bool | None = field(default=False)
 
     def __post_init__(self):
         # Without this, each CPU process of a launch would train alone.

@@ -1,12 +1,21 @@
 """Batches of keys: `key = epoch * n + row`, grouped by length so that little of a batch is padding."""
 
+import json
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
-from transformers import TrainerCallback
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from uc2.data_error import DataError, Found
 
 logger = logging.getLogger(__name__)
+
+PLAN_FILE = "batch_plan.json"
 
 
 class EpochBatchSampler:
@@ -57,6 +66,17 @@ class EpochBatchSampler:
         self.seed, self.multiple_of, self.drop_last = seed, multiple_of, drop_last
         self.group_by_length, self.shuffle = group_by_length, shuffle
         self.epoch = 0
+        # Two samplers with equal plans yield the same batches.
+        self.plan = {
+            "examples": len(dataset),
+            "batch_size": batch_size,
+            "tokens_per_batch": tokens_per_batch,
+            "micro_batches_per_update": multiple_of,
+            "seed": seed,
+            "group_by_length": group_by_length,
+            "shuffle": shuffle,
+            "drop_last": drop_last,
+        }
         batches = self._cut(0)
         self._num_batches = self._count_batches(len(batches))
         self._planned_epoch, self._planned = 0, self._arrange(0, batches)
@@ -88,7 +108,9 @@ class EpochBatchSampler:
     def _arrange(self, epoch: int, batches: list[np.ndarray]) -> list[np.ndarray]:
         """Bring the batches to their number, in random order if they are shuffled."""
         batches = _split_to(batches, self._num_batches)
-        if self.shuffle:
+        # Without grouping the keys are in random order already. Left in it, 1 process x 8 examples and 2 x 4 see
+        # the same examples in each update.
+        if self.shuffle and self.group_by_length:
             order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(batches))
             batches = [batches[place] for place in order]
         surplus = len(batches) - self._num_batches
@@ -180,3 +202,46 @@ class SetEpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def train_loader(trainer: Trainer, sampler: EpochBatchSampler) -> DataLoader:
+    """The sampler's batches of `trainer.train_dataset`, in turn over the processes, in step with its epochs."""
+    args = trainer.args
+    trainer.add_callback(SetEpochCallback(sampler))
+    loader = DataLoader(
+        trainer.train_dataset,
+        batch_sampler=sampler,
+        collate_fn=trainer.data_collator,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+    )
+    return trainer.accelerator.prepare(loader)
+
+
+def save_plan(sampler: EpochBatchSampler, checkpoint: str | os.PathLike) -> None:
+    """Leaves in a checkpoint how its run cuts epochs into batches."""
+    Path(checkpoint, PLAN_FILE).write_text(json.dumps(sampler.plan, indent=1), encoding="utf-8")
+
+
+def check_plan(sampler: EpochBatchSampler, checkpoint: str | os.PathLike) -> None:
+    """The batches after a checkpoint are those that its own run would have seen next.
+
+    The number of processes may differ if gradient_accumulation_steps makes up for it.
+
+    Raises:
+        DataError: they are not, so that some examples of the epoch would come twice and others not at all.
+    """
+    file = Path(checkpoint, PLAN_FILE)
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in sampler.plan.items():
+        if saved.get(name) != value:
+            field = "processes x gradient_accumulation_steps" if name == "micro_batches_per_update" else name
+            raise DataError(
+                file=file,
+                field=field,
+                found=Found(str(saved.get(name))),
+                expected=f"{value} as in this run, whose batches would repeat and skip examples of the epoch; set it"
+                " back, or accept that with --ignore_data_skip true",
+            )

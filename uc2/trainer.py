@@ -1,5 +1,7 @@
 """Training with the Hugging Face Trainer: per-objective losses that add up exactly, over any split of a batch."""
 
+from pathlib import Path
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -7,7 +9,7 @@ from modeling_uc2.configuration_uc2 import OBJECTIVES, TEXT_OBJECTIVES
 
 from .checkpoints import ResumableTrainer
 from .non_finite import check_finite
-from .sampling import EpochBatchSampler, SetEpochCallback
+from .sampling import EpochBatchSampler, check_plan, save_plan, train_loader
 
 IGNORED = -100
 # Entries of a batch that say where an example comes from; no network reads them.
@@ -59,28 +61,37 @@ class UC2Trainer(ResumableTrainer):
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported: the losses are computed inside the model.")
         self.tokens_per_batch = tokens_per_batch
-        self._running = torch.zeros(2, len(OBJECTIVES), dtype=torch.float64)
+        # Apple's GPUs have no float64.
+        self._sum_type = torch.float32 if self.args.device.type == "mps" else torch.float64
+        self._running = self._zeros(2, len(OBJECTIVES))
+        self._resumed_from: str | None = None
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=self._sum_type, device=self.args.device)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        # The Trainer gives all processes one seed: they would drop out the same positions.
+        torch.manual_seed(self.args.seed + self.args.process_index)
+        self._resumed_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # ---- batches ----
     def get_train_dataloader(self) -> DataLoader:
-        sampler = EpochBatchSampler(
+        self._sampler = EpochBatchSampler(
             self.train_dataset,
             batch_size=None if self.tokens_per_batch else self.args.per_device_train_batch_size,
             tokens_per_batch=self.tokens_per_batch,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             multiple_of=self.args.world_size * self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
         )
-        self.add_callback(SetEpochCallback(sampler))
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-        )
-        return self.accelerator.prepare(loader)
+        if self._resumed_from is not None and not self.args.ignore_data_skip:
+            check_plan(self._sampler, self._resumed_from)
+        return train_loader(self, self._sampler)
+
+    def save_extras(self, checkpoint: Path) -> None:
+        super().save_extras(checkpoint)
+        save_plan(self._sampler, checkpoint)
 
     def _eval_loader(self, dataset) -> tuple[DataLoader, int]:
         """This process's share of the evaluation batches, and how many of them count.
@@ -120,14 +131,14 @@ class UC2Trainer(ResumableTrainer):
         if model.training:
             image_ids = (self.train_dataset.image_id(key) for key in inputs["example_ids"].tolist())
             check_finite(loss, image_ids, self.state.global_step, self.args)
-            self._running[0] += outputs.objective_loss.double().cpu()
-            self._running[1] += outputs.objective_items.double().cpu()
+            self._running[0] += outputs.objective_loss.detach()
+            self._running[1] += outputs.objective_items
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `loss_<objective>` and `items_<objective>` since the last log line, over all processes."""
         if "loss" in logs:
-            loss, items = self.accelerator.reduce(self._running.to(self.args.device).float(), reduction="sum").cpu()
+            loss, items = self.accelerator.reduce(self._running.clone(), reduction="sum").cpu()
             for name, total, count in zip(OBJECTIVES, loss.tolist(), items.tolist(), strict=True):
                 if count:
                     logs[f"loss_{name}"] = total / count
@@ -146,9 +157,12 @@ class UC2Trainer(ResumableTrainer):
             raise ValueError("Evaluation needs an eval_dataset.")
         loader, counted = self._eval_loader(dataset)
         model = self._wrap_model(self.model, training=False)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator._models):
+            # Nothing was trained before: autocast is still missing.
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         # [loss, correct, items] of every (language, objective)
-        totals = torch.zeros(3, len(dataset.languages), len(OBJECTIVES), device=self.args.device)
+        totals = self._zeros(3, len(dataset.languages), len(OBJECTIVES))
         for index, batch in enumerate(loader):
             batch = self._prepare_inputs(batch)
             languages = batch["language_ids"]
