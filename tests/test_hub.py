@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,11 @@ import run_vqa
 from modeling_uc2 import UC2ForPreTraining, UC2ForRetrieval, UC2ForVQA, UC2RegionDetector, UC2RegionDetectorConfig
 from processing_uc2 import UC2DetectorImageProcessor, UC2Processor
 from uc2 import hub as publishing
-from uc2.hub import HubError, publish
+from uc2.hub import HubError, files_to_publish, publish
 from uc2.region_store import RegionStore
 from uc2.rows import write_jsonl
 
+ROOT = Path(__file__).parents[1]
 TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
 ACCOUNTS = {TOKEN: Account("ann", ("org",)), READ_TOKEN: Account("ann", ("org",), role="read")}
 RUNS = {"pretraining": "org/uc2", "retrieval": "org/uc2-retrieval", "vqa": "ann/vqa"}
@@ -140,6 +142,20 @@ def test_the_card_is_ours_and_loads_from_the_repository(published, name):
     assert card.data.eval_results and "generated" not in card.text
 
 
+def test_what_is_published_of_a_folder(tmp_path):
+    published = """README.md adapter/adapter_model.safetensors config.json curves.png modeling_uc2.py
+        model-00001-of-00002.safetensors model.safetensors.index.json object_labels.json predictions_toy.json
+        results.csv runs/a/events.out.tfevents.1 table.md tokenizer.json""".split()
+    kept = """.README.md.x.tmp .hidden.json _unfinished/model.safetensors _unfinished/runs/tfevents.2
+        adapter/.hidden.json checkpoint-1/model.safetensors checkpoint-1/runs/tfevents.3 hard_negatives.npz
+        non_finite_batch_step3.json optimizer.pt scores/a.npy scoring/a/0.npy trainer_state.json
+        training_args.bin""".split()
+    for name in (*published, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert files_to_publish(tmp_path) == sorted(published)
+
+
 # Loading
 
 
@@ -184,7 +200,7 @@ def test_every_auto_class_loads_from_the_hub(published, tiny_corpus, tmp_path, p
     cases = [f"{RUNS[name]},{auto_class},{output}" for auto_class, (name, _, output) in CASES.items()]
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint}
     environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {} if packages else {"PYTHONPATH": str(Path(run_vqa.__file__).parent)}
+    environment |= {} if packages else {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *(["-I"] if packages else []), "-c", LOAD, " ".join(cases), "out.pt", *packages]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -405,3 +421,18 @@ def test_the_double_behaves_as_the_client_expects(hub, run_folder, tmp_path):
     assert api.file_exists("org/whole", "README.md") and not api.file_exists("org/whole", "nothing.md")
     with pytest.raises(HfHubHTTPError):
         HfApi(token=False).model_info("org/whole")  # it is private
+
+
+def test_the_documentation_publishes_a_detector(hub, monkeypatch, tmp_path):
+    """Its code runs as it stands, with a small detector in place of the public checkpoint."""
+    text = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text.partition("## A detector")[2], re.DOTALL)
+    sizes = {"depths": [1, 1, 1, 1], "widths": [4, 4, 8, 8], "num_classes": 7, "num_attributes": 5}
+    small = UC2RegionDetector(UC2RegionDetectorConfig(**sizes, proposal_hidden_size=8)).eval()
+    monkeypatch.setattr(UC2RegionDetector, "from_frcnn_checkpoint", lambda source: small)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "hub.md", "exec"), {})
+    card = ModelCard(hub.repositories["org/uc2-detector"].files()["README.md"].content.decode())
+    assert card.data.base_model == "unc-nlp/frcnn-vg-finetuned" and 'name = "org/uc2-detector"' in card.text
+    loaded = AutoModel.from_pretrained("org/uc2-detector")
+    assert torch.equal(loaded.predictor.cls_score.weight, small.predictor.cls_score.weight)

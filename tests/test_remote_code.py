@@ -1,4 +1,7 @@
-"""A saved folder loads without this package, through every Auto class, from disk and from a Hub cache."""
+"""A saved folder loads without this package, through every Auto class, from disk and from a Hub cache.
+
+Also what such a process saves in turn, a Trainer's checkpoint, and the detector that finds a photograph's regions.
+"""
 
 import functools
 import json
@@ -18,11 +21,21 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForVisualQuestionAnswering,
     AutoProcessor,
+    Trainer,
+    TrainingArguments,
     XLMRobertaTokenizer,
 )
 
-from modeling_uc2 import UC2Config, UC2ForPreTraining, UC2ForRetrieval, UC2ForVQA, UC2Model
-from processing_uc2 import UC2Processor
+from modeling_uc2 import (
+    UC2Config,
+    UC2ForPreTraining,
+    UC2ForRetrieval,
+    UC2ForVQA,
+    UC2Model,
+    UC2RegionDetector,
+    UC2RegionDetectorConfig,
+)
+from processing_uc2 import UC2DetectorImageProcessor, UC2Processor
 
 LABELS = {"en": ["dog"], "ja": ["犬"]}
 TEXT = "a dog on the beach"
@@ -55,10 +68,34 @@ for name, auto_class, output, again in json.load(open("cases.json")):
     model = getattr(transformers, auto_class).from_pretrained(name, trust_remote_code=True).eval()
     inputs = processor(text=sys.argv[1], regions=regions, return_tensors="pt")
     with torch.no_grad():
-        torch.save(model(**inputs)[output], auto_class + ".pt")
-    model.save_pretrained(again)
-    processor.save_pretrained(again)
+        torch.save(model(**inputs)[output], f"{again}.pt")
+    # Saved by this process, loaded again by it, and saved once more.
+    for folder in (again, again + "-twice"):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+# Photographs, with a detector that is loaded and saved the same way.
+processor.min_regions = 3
+name, images = "detector", list(numpy.load("images.npz").values())
+for folder in ("detector", "again/detector"):
+    image_processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    detector = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    detector.save_pretrained("again/detector")
+    image_processor.save_pretrained("again/detector")
+processor.attach_region_detector(detector, image_processor)
+torch.save(dict(processor(text=[sys.argv[1]] * 2, images=images, return_tensors="pt")), "photographs.pt")
 """
+TINY_DETECTOR = UC2RegionDetectorConfig(
+    depths=[1, 1, 1, 1],
+    widths=[2, 2, 4, 4],  # features of width 16, as the processor's
+    num_classes=7,
+    num_attributes=5,
+    anchor_sizes=[16, 32, 64],
+    proposal_hidden_size=8,
+    proposals_after_nms=40,
+)
 
 
 @functools.cache  # the training of a unigram tokenizer is not deterministic
@@ -86,6 +123,32 @@ def make_regions():
     return {"features": rng.standard_normal((2, 16)).astype(np.float32), "boxes": boxes}
 
 
+@functools.cache
+def make_detector():
+    torch.manual_seed(0)
+    return UC2RegionDetector(TINY_DETECTOR).eval()
+
+
+def make_images():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (height, width, 3), np.uint8) for height, width in ((60, 90), (70, 50))]
+
+
+def trainer_checkpoint(folder) -> Path:
+    """What transformers' own Trainer leaves of a retrieval model after one step that changes nothing."""
+    inputs = make_processor()(text=TEXT, regions=make_regions(), return_tensors="pt")
+    example = {name: values[0] for name, values in inputs.items()} | {"labels": torch.tensor(1.0)}
+    options = {"max_steps": 1, "save_steps": 1, "learning_rate": 0.0, "report_to": "none", "use_cpu": True}
+    trainer = Trainer(
+        model=make_model(UC2ForRetrieval),
+        args=TrainingArguments(folder, remove_unused_columns=False, disable_tqdm=True, **options),
+        train_dataset=[example],
+        processing_class=make_processor(),
+    )
+    trainer.train()
+    return Path(folder, "checkpoint-1")
+
+
 def as_hub_cache(folder, cache):
     """The layout of a downloaded repository: a commit's snapshot and a ref that names the commit."""
     repository = cache / "models--me--uc2-tiny"
@@ -108,6 +171,12 @@ def clean_process(tmp_path_factory):
         if model_class is UC2ForRetrieval:
             name = as_hub_cache(Path(name), base / "cache" / "hub")
         cases.append((name, auto_class.__name__, OUTPUTS[model_class], f"again/{auto_class.__name__}"))
+    checkpoint = trainer_checkpoint(base / "trained")
+    cases.append((str(checkpoint), "AutoModelForSequenceClassification", "logits", "again/checkpoint"))
+    make_detector().save_pretrained(base / "detector")
+    UC2DetectorImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(base / "detector")
+    np.savez(base / "images.npz", *make_images())
+    (base / "again").mkdir()
     (base / "cases.json").write_text(json.dumps(cases))
     np.savez(base / "regions.npz", **make_regions())
     offline = {"HF_HOME": str(base / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -128,19 +197,38 @@ def test_a_saved_folder_loads_without_the_package(clean_process, model_class):
     inputs = make_processor()(text=TEXT, regions=make_regions(), return_tensors="pt")
     with torch.no_grad():
         expected = make_model(model_class)(**inputs)[output]
-    found = torch.load(clean_process / f"{auto_class.__name__}.pt", weights_only=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert torch.equal(torch.load(clean_process / "again" / f"{auto_class.__name__}.pt", weights_only=True), expected)
 
-    # What the clean process saved in turn is complete again.
-    again = clean_process / "again" / auto_class.__name__
-    files = {path.name for path in again.iterdir()}
-    assert {"modeling_uc2.py", "configuration_uc2.py", "processing_uc2.py", "object_labels.json"} <= files
-    processor = AutoProcessor.from_pretrained(again)
-    assert processor.object_labels == LABELS
+    # What the clean process saved in turn, once and twice, is complete again.
+    for name in (auto_class.__name__, f"{auto_class.__name__}-twice"):
+        again = clean_process / "again" / name
+        files = {path.name for path in again.iterdir()}
+        assert {"modeling_uc2.py", "configuration_uc2.py", "processing_uc2.py", "object_labels.json"} <= files
+        processor = AutoProcessor.from_pretrained(again)
+        assert processor.object_labels == LABELS
+        with torch.no_grad():
+            inputs = processor(text=TEXT, regions=make_regions(), return_tensors="pt")
+            assert torch.equal(auto_class.from_pretrained(again).eval()(**inputs)[output], expected)
+
+
+def test_a_trainers_checkpoint_loads_without_the_package(clean_process):
+    inputs = make_processor()(text=TEXT, regions=make_regions(), return_tensors="pt")
     with torch.no_grad():
-        inputs = processor(text=TEXT, regions=make_regions(), return_tensors="pt")
-        found = auto_class.from_pretrained(again).eval()(**inputs)[output]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        expected = make_model(UC2ForRetrieval)(**inputs).logits
+    assert torch.equal(torch.load(clean_process / "again" / "checkpoint.pt", weights_only=True), expected)
+
+
+def test_a_detector_loads_without_the_package(clean_process):
+    """Twice saved and loaded; a processor that takes photographs with it gives the same inputs."""
+    processor = make_processor()
+    inputs = torch.load(clean_process / "photographs.pt", weights_only=True)
+    image_processor = UC2DetectorImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
+    processor.attach_region_detector(make_detector(), image_processor)
+    expected = processor(text=[TEXT] * 2, images=make_images(), min_regions=3, return_tensors="pt")
+    processor._attached = None
+    assert inputs.keys() == expected.keys() and expected["region_features"].shape[2] == 16
+    for name, values in expected.items():
+        assert torch.equal(inputs[name], values), name
 
 
 @pytest.mark.parametrize("model_class", AUTO_CLASSES)
