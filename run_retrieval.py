@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_uc2 import UC2ForPreTraining, UC2ForRetrieval
-from processing_uc2 import UC2Processor
-from uc2.arguments import parse
+from uc2.arguments import check_minimum, parse, parse_pairs
 from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
@@ -44,6 +43,7 @@ from uc2.retrieval_report import (
 from uc2.retrieval_training import HardNegativesCallback, RetrievalTrainer
 from uc2.scoring import PRECISIONS
 from uc2.script_errors import told_in_one_sentence
+from uc2.starting_point import check_max_length, load_config, load_processor
 from uc2.visualization import training_curves
 
 
@@ -94,7 +94,7 @@ class LossArguments:
 class ScoringArguments:
     precision: str = field(
         default="fp32",
-        metadata={"help": "fp32 (exact), bf16 (GPU), int8 (CPU).", "choices": list(PRECISIONS)},
+        metadata={"help": "fp32 (exact), bf16 (GPU, CPU with AMX), int8 (CPU).", "choices": list(PRECISIONS)},
     )
     batch_tokens: int = field(default=2500, metadata={"help": "Tokens and regions scored at a time."})
     save_scores: bool = field(default=False, metadata={"help": "Keep score matrices as scores/*.npy."})
@@ -160,11 +160,12 @@ def run(
     find: SearchArguments,
     args,
 ) -> dict:
+    check_options(data, loss, scoring, find, args)
+    eval_files = parse_pairs("eval_files", data.eval_files)
+    eval_folds = parse_folds(data.eval_folds)
     open_repository(args)
     set_seed(args.seed)
     store = RegionStore(data.region_stores)
-    eval_files = parse_pairs("eval_files", data.eval_files)
-    eval_folds = {name: int(value) for name, value in parse_pairs("eval_folds", data.eval_folds).items()}
     scoring_options = {
         "precision": scoring.precision,
         "batch_tokens": scoring.batch_tokens,
@@ -181,6 +182,7 @@ def run(
     test_sets = load_test_sets(eval_files, store, data.eval_languages, eval_folds)
     processor = load_processor(data.model_name_or_path, store)
     model = load_model(data.model_name_or_path, store, fine_tune=captions is not None, margin=loss.margin)
+    check_max_length(data.max_length, model.config)
     if captions is not None:
         model = add_adapters(model, lora, args)
     adapters = describe_adapters(model, lora)
@@ -208,27 +210,30 @@ def run(
     return results
 
 
-def parse_pairs(option: str, values: list[str]) -> dict[str, str]:
-    """`name=value` words -> a dict. Raises DataError for a word without `=` and for a name given twice."""
-    pairs = {}
-    for word in values:
-        name, equals, value = word.partition("=")
-        if not (name and equals and value) or name in pairs:
-            raise DataError(field=option, found=word, expected="name=value, each name once")
-        pairs[name] = value
-    return pairs
+def check_options(data, loss, scoring, find, args) -> None:
+    """What could only fail late, after hours of training, is refused here."""
+    check_minimum(
+        loss, margin=0, num_negative_images=0, num_negative_captions=0, hard_negative_steps=1, hard_negative_pool=2
+    )
+    if loss.num_negative_images + loss.num_negative_captions == 0:
+        expected = "at least 1 of num_negative_images and num_negative_captions"
+        raise DataError(field="num_negative_images", found=0, expected=expected)
+    check_minimum(scoring, batch_tokens=1)
+    check_minimum(find, top_k=1)
+    if scoring.precision == "int8" and args.device.type != "cpu":
+        raise DataError(field="precision", found="int8", expected=f"fp32 or bf16 on {args.device.type}")
+    if args.eval_strategy != "no" and not data.eval_files:
+        raise DataError(field="eval_strategy", found=args.eval_strategy.value, expected="no, or eval_files")
+    if find.search is not None and not find.search.strip():
+        raise DataError(field="search", found=find.search, expected="a text")
 
 
-def load_processor(name_or_path: str, store: RegionStore) -> UC2Processor:
-    if AutoConfig.from_pretrained(name_or_path).model_type == "xlm-roberta":
-        return UC2Processor(AutoTokenizer.from_pretrained(name_or_path), feature_size=store.feature_size)
-    processor = UC2Processor.from_pretrained(name_or_path)
-    if processor.feature_size != store.feature_size:
-        found = Found(f"features of width {store.feature_size}")
-        raise DataError(
-            file=store.paths[0], field="features", found=found, expected=f"{processor.feature_size}"
-        )
-    return processor
+def parse_folds(words: list[str]) -> dict[str, int]:
+    folds = parse_pairs("eval_folds", words)
+    for name, number in folds.items():
+        if not number.isdecimal():
+            raise DataError(field="eval_folds", found=f"{name}={number}", expected="name=number")
+    return {name: int(number) for name, number in folds.items()}
 
 
 def load_model(name_or_path: str, store: RegionStore, *, fine_tune: bool, margin: float = 0.2):
@@ -237,7 +242,7 @@ def load_model(name_or_path: str, store: RegionStore, *, fine_tune: bool, margin
     A retrieval checkpoint as it is; a pre-training checkpoint with its matching head, whose "match" row
     becomes the score head for fine-tuning; an XLM-R checkpoint only to fine-tune, with random visual parts.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = load_config(name_or_path)
     architecture = (config.architectures or [config.model_type])[0]
     if config.model_type == "xlm-roberta" and fine_tune:
         model = UC2ForRetrieval.from_text_encoder(name_or_path, region_feature_size=store.feature_size)

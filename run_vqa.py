@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_uc2 import UC2ForVQA
-from processing_uc2 import UC2Processor
-from uc2.arguments import parse
+from uc2.arguments import check_minimum, parse, parse_pairs
 from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
@@ -30,6 +29,7 @@ from uc2.output_folder import exclusive_output
 from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
 from uc2.script_errors import told_in_one_sentence
+from uc2.starting_point import check_max_length, load_config, load_processor
 from uc2.visualization import training_curves
 from uc2.vqa import build_answer_vocabulary, shared_answer_vocabulary
 from uc2.vqa_data import VQADataset, load_questions_of
@@ -108,9 +108,10 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(data: DataArguments, lora: LoraArguments, args: VQATrainingArguments) -> dict:
+    check_minimum(data, num_answers=1, tokens_per_batch=0)
+    eval_files = parse_pairs("eval_files", named_files(data.eval_files))
     open_repository(args)
     set_seed(args.seed)
-    eval_files = parse_eval_files(data.eval_files)
     if not data.train_files and not eval_files:
         raise DataError(
             found=Found("neither train_files nor eval_files"), expected="questions to train on or to answer"
@@ -124,6 +125,7 @@ def run(data: DataArguments, lora: LoraArguments, args: VQATrainingArguments) ->
     processor = load_processor(data.model_name_or_path, store)
     vocabulary = None if questions is None else choose_vocabulary(questions, data)
     model = load_model(data.model_name_or_path, store, vocabulary)
+    check_max_length(data.max_length, model.config)
     if questions is not None:
         model = add_adapters(model, lora, args)
     adapters = describe_adapters(model, lora)
@@ -172,24 +174,14 @@ def run(data: DataArguments, lora: LoraArguments, args: VQATrainingArguments) ->
     return results
 
 
-def parse_eval_files(words: list[str]) -> dict[str, str]:
-    """`path` or `name=path` words -> name -> path; a path alone is named after its file."""
-    files = {}
-    for word in words:
-        name, equals, path = word.partition("=")
-        if not equals:
-            name, path = Path(word).name.partition(".")[0], word
-        if not (name and path) or name in files:
-            raise DataError(field="eval_files", found=word, expected="path or name=path, each name once")
-        files[name] = path
-    return files
+def named_files(words: list[str]) -> list[str]:
+    """`path` or `name=path` words -> `name=path`; a path alone is named after its file."""
+    return [word if "=" in word else f"{Path(word).name.partition('.')[0]}={word}" for word in words]
 
 
 def choose_vocabulary(questions, data: DataArguments) -> list[str]:
     """The answer classes, in order (see the option's help)."""
     answers, languages = questions["answers"], questions["language"]
-    if data.num_answers < 1:
-        raise DataError(field="num_answers", found=data.num_answers, expected="at least 1")
     if data.answer_vocabulary == "shared":
         return shared_answer_vocabulary(answers, languages, data.num_answers)
     if data.answer_vocabulary != "own":
@@ -214,28 +206,6 @@ def read_vocabulary(file: str) -> list[str]:
     if not sound or len(set(vocabulary)) < len(vocabulary):
         raise DataError(file=file, found=vocabulary, expected="a list of different answers")
     return vocabulary
-
-
-def load_config(name_or_path: str):
-    try:
-        return AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        expected = "a folder or Hub id of a UC2 or XLM-R model"
-        raise DataError(field="model_name_or_path", found=name_or_path, expected=expected) from error
-
-
-def load_processor(name_or_path: str, store: RegionStore) -> UC2Processor:
-    if load_config(name_or_path).model_type == "xlm-roberta":
-        return UC2Processor(AutoTokenizer.from_pretrained(name_or_path), feature_size=store.feature_size)
-    processor = UC2Processor.from_pretrained(name_or_path)
-    if processor.feature_size != store.feature_size:
-        raise DataError(
-            file=store.paths[0],
-            field="features",
-            found=Found(f"features of width {store.feature_size}"),
-            expected=f"{processor.feature_size}, as the model {name_or_path} has it",
-        )
-    return processor
 
 
 def load_model(name_or_path: str, store: RegionStore, vocabulary: list[str] | None) -> UC2ForVQA:

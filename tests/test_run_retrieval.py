@@ -266,6 +266,15 @@ def test_search_prints_and_draws_the_best(trained, corpus, tmp_path, capsys):
         (caption_rows(), ["--train_languages", "xx"], "found de, en, expected rows in 'xx'"),
         (caption_rows(), ["--eval_languages", "fr"], "no row in 'fr'"),
         (caption_rows(), ["--eval_files", "noname"], "found 'noname', expected name=value"),
+        (caption_rows(), ["--eval_files", "a/b=c"], "found 'a/b=c', expected name=value, .* without a slash"),
+        (caption_rows(), ["--eval_folds", "toys=x"], "field 'eval_folds': found 'toys=x'"),
+        (caption_rows(), ["--batch_tokens", 0], "field 'batch_tokens': found 0, expected at least 1"),
+        (caption_rows(), ["--margin", -1], "field 'margin'"),
+        (caption_rows(), ["--hard_negative_pool", 1], "field 'hard_negative_pool'"),
+        (caption_rows(), ["--num_negative_images", 0, "--num_negative_captions", 0], "at least 1 of num_negative"),
+        (caption_rows(), ["--max_length", 2], "field 'max_length': found 2, expected 3 to 64"),
+        (caption_rows(), ["--max_length", 65], "field 'max_length': found 65, expected 3 to 64"),
+        (caption_rows(), ["--model", "/no/model"], "'/no/model', expected a folder or Hub id of a UC2 or XLM-R"),
     ],
 )
 def test_bad_rows_and_options_stop_before_the_first_step(corpus, tmp_path, rows, options, message):
@@ -275,6 +284,28 @@ def test_bad_rows_and_options_stop_before_the_first_step(corpus, tmp_path, rows,
     with pytest.raises(SystemExit, match=message):
         run_retrieval.main(words)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eval_strategy", "steps"], "field 'eval_strategy': found 'steps', expected no, or eval_files"),
+        (["--search", " "], "field 'search': found ' ', expected a text"),
+        (["--search", "dog", "--top_k", 0], "field 'top_k': found 0, expected at least 1"),
+        (["--search_image", "i99"], "'i99', expected an image of the region store"),
+    ],
+)
+def test_other_bad_options_are_refused(corpus, tmp_path, options, message):
+    words = arguments(corpus, tmp_path / "output", "--train_files", corpus / "captions.jsonl", *options)
+    with pytest.raises(SystemExit, match=message):
+        run_retrieval.main(words)
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_unknown_option_is_named(corpus, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_retrieval.main(arguments(corpus, tmp_path, "--train_file", "x.jsonl", "--colour", "red"))
+    assert "unknown option '--colour'" in capsys.readouterr().err
 
 
 def test_broken_regions_stop_before_the_first_step(corpus, tmp_path):

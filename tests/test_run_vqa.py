@@ -218,7 +218,10 @@ def test_bad_rows_stop_before_the_first_step(folder, tiny_corpus, tmp_path, chan
         ({"num_answers": 0}, "at least 1"),
         ({"model_name_or_path": "/no/such/model"}, "'/no/such/model', expected a folder or Hub id"),
         ({"eval_files": None, "eval_strategy": "steps"}, "expected no, or eval_files with answers"),
-        ({"eval_files": "=x"}, "path or name=path"),
+        ({"eval_files": "=x"}, "found '=x', expected name=value"),
+        ({"eval_files": ["a=x", "a=y"]}, "found 'a=y', expected name=value, each name once"),
+        ({"tokens_per_batch": -1}, "field 'tokens_per_batch': found -1, expected at least 0"),
+        ({"max_length": 63}, "field 'max_length': found 63, expected 3 to 62"),
     ],
 )
 def test_bad_options_stop_before_the_first_step(folder, tiny_corpus, tmp_path, changes, words):

@@ -8,6 +8,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from uc2.data_error import DataError
+
 FILE_ENDINGS = (".yaml", ".yml", ".json")
 
 
@@ -29,7 +31,36 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str]) -> tuple:
             parser.error(f"unexpected argument {file!r}; settings files end in {', '.join(FILE_ENDINGS)}")
         settings.update(_read_settings(file, known, parser))
     flags = [word for name, value in settings.items() for word in _as_flag(name, value)]
-    return parser.parse_args_into_dataclasses(args=flags + argv, look_for_args_file=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        args=flags + argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown option {unknown[0]!r}")
+    return tuple(parsed)
+
+
+def check_minimum(arguments, **least: float) -> None:
+    """DataError for the first named option whose value is below its least one."""
+    for name, minimum in least.items():
+        value = getattr(arguments, name)
+        if value < minimum:
+            raise DataError(field=name, found=value, expected=f"at least {minimum}")
+
+
+def parse_pairs(option: str, words: Sequence[str]) -> dict[str, str]:
+    """`name=value` words -> a dict, for an option that takes several.
+
+    Raises:
+        DataError: a word without `=`, a name given twice, or one that cannot be part of a file's name.
+    """
+    pairs: dict[str, str] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not (name and value) or name in pairs or "/" in name:
+            expected = "name=value, each name once and without a slash"
+            raise DataError(field=option, found=word, expected=expected)
+        pairs[name] = value
+    return pairs
 
 
 def _read_settings(file: str, known: set[str], parser: HfArgumentParser) -> dict:
