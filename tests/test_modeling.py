@@ -180,19 +180,6 @@ class TestMixedBatch:
         model(**batch, labels=reference["mlm_labels"]).loss.backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
-    def test_chunked_logits_change_nothing(self, converted, batch, reference, monkeypatch):
-        model = UC2ForPreTraining.from_pretrained(converted("pretraining"), hidden_dropout_prob=0.0).train()
-        model.config.attention_probs_dropout_prob = 0.0
-        for layer in model.uc2.encoder.layer:
-            layer.attention.self.dropout_prob = 0.0
-        gradients = []
-        for rows in (1000, 2):
-            monkeypatch.setattr("modeling_uc2.modeling_uc2.LOGIT_ROWS", rows)
-            model.zero_grad()
-            model(**batch, **self.labels(reference)).loss.backward()
-            gradients.append(model.uc2.embeddings.word_embeddings.weight.grad.clone())
-        torch.testing.assert_close(gradients[0], gradients[1])
-
     @torch.no_grad()
     def test_without_labels(self, pretraining_model, batch):
         outputs = pretraining_model(**batch)
@@ -215,6 +202,12 @@ class TestBadInput:
             (lambda b: b.update(attention_mask=b["attention_mask"][:, :4]), "attention_mask is"),
             (lambda b: b.update(region_attention_mask=b["region_attention_mask"][:, :4]), "region_attention_mask is"),
             (lambda b: b.update(input_ids=torch.full((6, 65), 9), attention_mask=None), "positions for 64"),
+            (lambda b: b["input_ids"][1, 2].fill_(120), r"input_ids\[1, 2\] is 120; expected an id in \[0, 120\)"),
+            (lambda b: b["input_ids"][0, 0].fill_(-1), r"input_ids\[0, 0\] is -1"),
+            (lambda b: b.update(position_ids=torch.full((6, 9), 66)), r"position_ids\[0, 0\] is 66"),
+            (lambda b: b.update(token_type_ids=torch.full((6, 9), 2)), r"token_type_ids\[0, 0\] is 2"),
+            (lambda b: b.update(input_ids=b["input_ids"][0]), r"input_ids is \(9,\); expected \(batch, tokens\)"),
+            (lambda b: b.update(input_ids=None, inputs_embeds=torch.zeros(6, 9, 5)), "hidden_size=32"),
             (lambda b: b.pop("region_boxes"), "needs region_boxes"),
             (lambda b: b.clear(), "neither text"),
             (lambda b: (b["attention_mask"][2].zero_(), b["region_attention_mask"][2].zero_()), r"Examples \[2\]"),
