@@ -134,9 +134,7 @@ def run(data: DataArguments, lora: LoraArguments, args: VQATrainingArguments) ->
         train_dataset = VQADataset(
             questions, store, processor, model.config.label2id, max_length=data.max_length
         )
-        if not train_dataset.answer_coverage():
-            found = Found("no answer of the questions")
-            raise DataError(file=data.answer_vocabulary, found=found, expected="answers of the questions")
+        check_trainable(train_dataset, data)
     eval_datasets = {
         name: VQADataset(rows, store, processor, max_length=data.max_length)
         for name, rows in eval_questions.items()
@@ -172,6 +170,17 @@ def run(data: DataArguments, lora: LoraArguments, args: VQATrainingArguments) ->
     if args.push_to_hub:
         trainer.push_to_hub(commit_message="UC2 visual question answering")
     return results
+
+
+def check_trainable(dataset: VQADataset, data: DataArguments) -> None:
+    """Some question has an answer among the classes, and every question fits into a batch."""
+    if not dataset.answer_coverage():
+        found = Found("no answer that is among the classes")
+        raise DataError(file=", ".join(data.train_files), field="answers", found=found, expected="at least one")
+    longest = int(dataset.lengths(range(len(dataset))).sum(axis=1).max())
+    if 0 < data.tokens_per_batch < longest:
+        expected = f"at least {longest}, the tokens and regions of the longest question"
+        raise DataError(field="tokens_per_batch", found=data.tokens_per_batch, expected=expected)
 
 
 def named_files(words: list[str]) -> list[str]:

@@ -193,6 +193,7 @@ def rewrite(source: Path, target: Path, change) -> Path:
         (lambda rows: rows[4].update(answers=[]), ["row 5", "'answers'"]),
         (lambda rows: rows[1].update(image_id="nowhere"), ["row 2", "'nowhere'", "region store"]),
         (lambda rows: rows[3].update(question=" "), ["row 4", "'question'"]),
+        (lambda rows: [row.update(answers=["the"]) for row in rows], ["'answers'", "no answer that is among"]),
         (lambda rows: rows[5].update(question_id=rows[0]["question_id"]), ["row 6", "question_id"]),
     ],
 )
@@ -221,6 +222,7 @@ def test_bad_rows_stop_before_the_first_step(folder, tiny_corpus, tmp_path, chan
         ({"eval_files": "=x"}, "found '=x', expected name=value"),
         ({"eval_files": ["a=x", "a=y"]}, "found 'a=y', expected name=value, each name once"),
         ({"tokens_per_batch": -1}, "field 'tokens_per_batch': found -1, expected at least 0"),
+        ({"tokens_per_batch": 5}, r"field 'tokens_per_batch': found 5, expected at least \d+, the tokens and regions"),
         ({"max_length": 63}, "field 'max_length': found 63, expected 3 to 62"),
     ],
 )

@@ -56,6 +56,41 @@ def test_contractions_lack_one_apostrophe():
             assert short.replace("'", "") == word.replace("'", "") and len(word) == len(short) + 1
 
 
+def official_reading(answer):
+    """The rules of https://visualqa.org/evaluation.html, mark by mark and word by word."""
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    digits_around_comma = any(
+        answer[i] == "," and answer[i - 1].isdecimal() and answer[i + 1].isdecimal()
+        for i in range(1, len(answer) - 1)
+    )
+    text = ""
+    for mark in answer:
+        if mark in ";/[]\"{}()=+\\_-><@`,?!":
+            beside_space = mark + " " in answer or " " + mark in answer
+            text += "" if beside_space or digits_around_comma else " "
+        else:
+            text += mark
+    text = "".join(
+        letter for i, letter in enumerate(text) if letter != "." or text[i + 1 : i + 2].isdecimal()
+    )
+    digits = "zero one two three four five six seven eight nine ten".split()
+    words = []
+    for word in text.lower().split():
+        word = "0" if word == "none" else str(digits.index(word)) if word in digits else word
+        if word not in ("a", "an", "the"):
+            words.append({"dont": "don't", "its": "its", "isnt": "isn't"}.get(word, word))
+    return " ".join(words)
+
+
+def test_normalisation_of_random_answers():
+    rng = random.Random(1)
+    parts = ["a", "The", "two", "none", "10", "1,5", "2.", ".5", "x.y", "dont", "isnt", "its", ",", "-", "t-shirt",
+             "?", "!", "'", ":", " ", " ", "\n", "(", ")", "/", ";", "&", "#", "1", "0", "ten"]  # fmt: skip
+    for _ in range(5000):
+        answer = "".join(rng.choices(parts, k=rng.randint(1, 6)))
+        assert normalize_answer(answer) == official_reading(answer), repr(answer)
+
+
 @pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_score_by_hand_for_ten_answers(matches, score):
     assert vqa_score("Two.", ["2"] * matches + ["other"] * (10 - matches)) == pytest.approx(score)
