@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo demo-runs test lint install clean
+.PHONY: demo demo-runs test transformers-suite lint install clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -67,6 +67,16 @@ demo/vqa-ja/results.json: demo/pretraining/results.json
 test: install
 	$(VENV)/bin/ruff check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
+# transformers' own shared suites, which only its source release has (tests/test_transformers_suite.py).
+SUITE := $(VENV)/transformers-source
+transformers-suite: install
+	$(RUN) -m pip install --quiet parameterized
+	$(RUN) -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest $(SUITE) \
+		transformers==$$($(RUN) -c "import transformers; print(transformers.__version__)")
+	tar -xzf $(SUITE)/transformers-*.tar.gz -C $(SUITE) --strip-components 1
+	UC2_TRANSFORMERS_TESTS=$(SUITE)/tests OMP_NUM_THREADS=1 $(RUN) -m pytest -o addopts= -q -n auto -W ignore \
+		tests/test_transformers_suite.py
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """What transformers' own model suite asks of every model class, on tiny UC2 networks of random weights.
 
-The suite itself (`ModelTesterMixin`) is not in the released wheel; these are the same contracts, condensed.
+The suite itself runs with `make transformers-suite`; these are the same contracts, condensed.
 """
 
 import copy
