@@ -148,7 +148,9 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    # In float32, as the fused kernels do; no conversion if the model is in float32.
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
@@ -361,6 +363,11 @@ class UC2LMHead(nn.Module):
 
     def forward(self, hidden_states, targets=None, factors=None, table=None):
         return self.decoder(self.layer_norm(F.gelu(self.dense(hidden_states))), targets, factors, table)
+
+    def makes_loss(self) -> bool:
+        """Whether to ask for the loss in place of logits. Not in float16, which needs the loss scale before
+        gradients are rounded, and only the backward pass knows it; and not through an adapter's decoder."""
+        return type(self.decoder) is UC2Decoder and self.decoder.product_dtype() != torch.float16
 
 
 class UC2RegionClassifier(nn.Module):
@@ -744,7 +751,7 @@ class UC2ForPreTraining(UC2PreTrainedModel):
             read[:, 0] = True
             read_index = read.nonzero(as_tuple=True)
         table = None
-        if has_targets and input_ids is not None and not torch.compiler.is_compiling():
+        if has_targets and input_ids is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs_embeds, table = self._look_up(input_ids)
         if table is not None:
             if position_ids is None:
@@ -774,6 +781,11 @@ class UC2ForPreTraining(UC2PreTrainedModel):
                 result.prediction_logits = self.lm_head(hidden)
             return result
 
+        if num_items_in_batch is not None and num_items_in_batch.shape != (len(OBJECTIVES),):
+            raise ValueError(
+                f"num_items_in_batch is {tuple(num_items_in_batch.shape)}; expected one count for each of "
+                f"{', '.join(OBJECTIVES)}, as UC2Trainer passes them."
+            )
         text_length = 0 if text is None else text.shape[1]
         items = _ObjectiveItems(hidden, self.config.objective_weights, num_items_in_batch, not self.training)
         objectives = _token_objectives(token_targets, text_length, objective_ids)
@@ -805,9 +817,10 @@ class UC2ForPreTraining(UC2PreTrainedModel):
         """Word embeddings (B, T, H) and the table for the LM head, which then share one gradient; or None, None
         where the two are not one plain parameter: untied, frozen, adapted or sharded."""
         words, decoder = self.get_input_embeddings(), self.lm_head.decoder
+        if type(words) is not nn.Embedding or type(decoder) is not UC2Decoder or words.weight is not decoder.weight:
+            return None, None
         weight = words.weight
-        plain = type(words) is nn.Embedding and type(weight) is nn.Parameter and weight.dim() == 2
-        if not (plain and weight is decoder.weight and weight.requires_grad and torch.is_grad_enabled()):
+        if type(weight) is not nn.Parameter or weight.dim() != 2 or not weight.requires_grad:
             return None, None
         return _TiedTable.apply(weight, input_ids, words.padding_idx)
 
@@ -817,13 +830,7 @@ class UC2ForPreTraining(UC2PreTrainedModel):
         picked = token_targets != IGNORED
         rows, objectives = picked.nonzero()[:, 0], objectives[picked]
         hidden, targets = hidden[picked], token_targets[picked]
-        # float16 needs the loss scale before its gradients are rounded; only the backward pass knows it.
-        if (
-            self.training
-            and torch.is_grad_enabled()
-            and not keep_logits
-            and self.lm_head.decoder.product_dtype() != torch.float16
-        ):
+        if not keep_logits and self.training and torch.is_grad_enabled() and self.lm_head.makes_loss():
             loss, losses = self.lm_head(hidden, targets, items.factors(objectives), table)
             items.add(rows, objectives, losses, loss=loss)
             return None

@@ -206,3 +206,37 @@ def inputs_mask(inputs) -> torch.Tensor:
 def test_bad_targets(batch, name, change, message):
     with pytest.raises(ValueError, match=message):
         build()(**{**batch, name: change(batch[name])})
+
+
+def test_one_count_for_all_objectives_is_refused(batch):
+    """A plain Trainer counts the words of `labels` alone, which would mis-scale ITM and MRTM."""
+    with pytest.raises(ValueError, match="one count for each of mlm, itm"):
+        build()(**batch, num_items_in_batch=torch.tensor(5))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["query", "decoder"]}, {"modules_to_save": ["lm_head"]}])
+def test_adapters_train(batch, options):
+    """LoRA beside frozen weights, or a head of its own, gives the loss of the plain model at the start."""
+    peft = pytest.importorskip("peft")
+    model = build()
+    expected = model(**batch).loss.detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["query"], **options})).train()
+    loss = adapted(**batch).loss
+    torch.testing.assert_close(loss.detach(), expected)
+    loss.backward()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_model(inputs, dtype):
+    """Eager and sdpa agree with float32 as far as the format's digits go."""
+    model = build(UC2Model).eval()
+    mask = inputs_mask(inputs)
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state[mask]
+        for attention in ("eager", "sdpa"):
+            model.to(dtype).set_attn_implementation(attention)
+            found = model(**inputs).last_hidden_state[mask]
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.float(), expected, atol=16 * torch.finfo(dtype).eps, rtol=0)
