@@ -61,11 +61,13 @@ def run(model_args, data_args, ea_args, report_args, args: PretrainingArguments)
             check_images_in_store(captions[name], files, store)
     processor = build_processor(model_args, data_args, store)
     labels = LabelTokens(processor.object_labels, processor.tokenizer)
-    mix = json.loads(data_args.objective_mix)
+    mixes = {"train": json.loads(data_args.objective_mix)}
+    mixes["eval"] = json.loads(data_args.eval_objective_mix) if data_args.eval_objective_mix else mixes["train"]
     with not_sharded():
-        model = build_model(model_args, processor, store, labels, mix)
+        weights = json.loads(data_args.objective_weights)
+        model = build_model(model_args, processor, store, labels, mixes["train"], weights)
     datasets = {
-        name: build_dataset(rows, store, processor, labels, mix, data_args, seed=args.seed + (name == "eval"))
+        name: build_dataset(rows, store, processor, labels, mixes[name], data_args, seed=args.seed + (name == "eval"))
         for name, rows in captions.items()
     }
 
@@ -112,7 +114,9 @@ def build_processor(model_args: ModelArguments, data_args: DataArguments, store:
     )
 
 
-def build_model(model_args, processor, store, labels, mix: dict[str, float]) -> UC2ForPreTraining:
+def build_model(
+    model_args, processor, store, labels, mix: dict[str, float], weights: dict[str, float]
+) -> UC2ForPreTraining:
     """From a UC2 checkpoint, from XLM-R, or (neither given) from scratch with `config_overrides`."""
     total = sum(mix.values())
     fields = {
@@ -121,7 +125,7 @@ def build_model(model_args, processor, store, labels, mix: dict[str, float]) -> 
         "objectives": list(mix),
         # With per-objective means, rates and weights of n / sum keep the expected gradient of drawing one
         # objective per step, as the original does.
-        "objective_weights": {name: rate / total for name, rate in mix.items()},
+        "objective_weights": {name: rate / total for name, rate in mix.items()} | weights,
         **json.loads(model_args.config_overrides),
     }
     if model_args.model_name_or_path:

@@ -83,6 +83,17 @@ def test_goes_on_from_a_checkpoint_with_another_objective_set(tiny_corpus, tmp_p
     assert "eval_loss_mrtm" not in metrics
 
 
+def test_held_out_objectives_and_weights_may_differ_from_the_mix(tiny_corpus, tmp_path):
+    """An ablation is evaluated on the objective it leaves out, and a weight replaces an objective's share."""
+    options = {"objective_mix": '{"itm": 1, "mlm": 3}', "objective_weights": '{"itm": 1.0}'}
+    metrics = run_pretraining.main(
+        flags(tiny_corpus, tmp_path, max_steps=1, eval_objective_mix='{"itm": 1, "vtlm": 1}', **options)
+    )
+    assert {name for name in metrics if name.startswith("eval_loss_")} == {"eval_loss_itm", "eval_loss_vtlm"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["objective_weights"] == {"itm": 1.0, "mlm": 0.75}
+
+
 def test_killed_and_resumed_equals_undisturbed(tiny_corpus, tmp_path):
     """SIGKILL after some checkpoint, in the middle of whatever the run is doing; dropout is on."""
     options = {"max_steps": 12, "save_steps": 2, "ea_steps": 4, "num_train_epochs": 4}

@@ -40,6 +40,14 @@ class DataArguments:
         default=json.dumps(PAPER_MIX),
         metadata={"help": f"JSON: how often each objective is drawn. Out of {', '.join(OBJECTIVES)}."},
     )
+    objective_weights: str = field(
+        default="{}",
+        metadata={"help": "JSON: factor of an objective's mean loss; its share of the mix if not named."},
+    )
+    eval_objective_mix: str | None = field(
+        default=None,
+        metadata={"help": "JSON: the mix of the held-out examples, e.g. to test objectives that were left out."},
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens masked by MLM, VTLM and TLM."})
     mrtm_probability: float = field(default=0.15, metadata={"help": "Share of regions masked by MRTM, MRC, MRFR."})
     co_masking: str = field(
