@@ -70,7 +70,8 @@ def normalize_answer(answer: str) -> str:
 def vqa_score(prediction: str, answers: Sequence[str]) -> float:
     """The official VQA accuracy of a prediction, in [0, 1]; with a single answer, whether it matches.
 
-    The given answers are normalised as well: VQA v2 distributes them normalised, other data do not.
+    The given answers are normalised as well, also where all agree; the official code leaves those as they are.
+    The formula is the same for fewer than ten: of two answers both must match, for a score of 1/3.
 
         vqa_score("two", ["2"] * 3 + ["3"] * 7) == 0.9: without one of the three "2" there are two matches
         (2/3), without one of the seven "3" there are three (1): (3 * 2/3 + 7 * 1) / 10
@@ -184,7 +185,7 @@ def bleu_tokenizer(language: str) -> str:
 
 
 def bleu(predictions: Sequence[str], answers: Sequence[Sequence[str]], tokenizer: str = "13a") -> float:
-    """Corpus BLEU in per cent; all different answers of a question are its references.
+    """sacrebleu's corpus BLEU in per cent; all different answers of a question are its references.
 
     Answers are a word or two: n-gram orders longer than every answer do not count (effective order).
     """
