@@ -257,13 +257,14 @@ def training_curves(
     objectives = [name for name in OBJECTIVES if any(_has_objective(line, name) for line in log_history)]
     columns = (["early adaptation"] if early_adaptation else []) + (objectives or ["fine-tuning"])
     figure = new_figure(max(6.0, 3.0 * len(columns)), 5.4)
-    panels = figure.subplots(2, len(columns), squeeze=False)
+    panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
     for column, name in enumerate(columns):
         above, below = panels[:, column]
         above.set_title(name.upper() if name in OBJECTIVES else name, fontsize="medium", fontweight="bold")
         if name == "early adaptation":
             _draw_loss(above, early_adaptation, "loss")
             below.set_visible(False)
+            above.tick_params(labelbottom=True)
             continue
         _draw_loss(above, log_history, f"loss_{name}" if name in OBJECTIVES else "loss")
         if name in OBJECTIVES:
@@ -291,7 +292,8 @@ def _draw_loss(panel, log_history: Sequence[Mapping], key: str) -> None:
     if len(values) > 20:
         window = max(3, len(values) // 25)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-        panel.plot(steps[window - 1 :], smooth, color="C0", linewidth=1.8)
+        first = (window - 1) // 2  # each mean stands in the middle of its window
+        panel.plot(steps[first : first + len(smooth)], smooth, color="C0", linewidth=1.8)
     steps, values = _series(log_history, f"eval_{key}")
     if values:
         panel.plot(steps, values, color="C1", marker="o", markersize=3.5, linewidth=1.8)
@@ -439,7 +441,7 @@ def image_grid(
     figure = new_figure(2.5 * columns, 2.35 * rows + (0.5 if heading else 0.1))
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat:
-        panel.set(xticks=[], yticks=[])
+        panel.set(xticks=[], yticks=[], anchor="N")  # titles of a row at one height
         panel.spines[:].set_visible(False)
     for place, (panel, picture, title) in enumerate(zip(panels.flat, pictures, titles, strict=False)):
         panel.imshow(picture)
