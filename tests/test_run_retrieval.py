@@ -117,7 +117,7 @@ def test_training_learns_to_retrieve_and_writes_everything(trained):
         with Image.open(output / f"{name}.png") as image:
             assert image.size[0] > 500
     card = (output / "README.md").read_text()
-    assert "toys (de)" in card and "type: meta_average" in card
+    assert "toys (de)" in card and "type: meta-ave" in card
     assert not (output / "scoring").exists()
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_meta_average" in entry] == [60, 120]
