@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.state import AcceleratorState
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -34,6 +35,23 @@ def not_sharded() -> Iterator[None]:
         AcceleratorState._reset_state()
 
 
+def keep_sums_exact(trainer: Trainer) -> None:
+    """Under FSDP2 in half precision, adds gradients up in float32 and leaves the losses in it.
+
+    accelerate would round both: the losses of a long run then move in steps of half a per cent.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy) and policy.param_dtype is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
+def is_zero3(model: nn.Module) -> bool:
+    return hasattr(next(model.parameters()), "ds_id")
+
+
 def whole_model(trainer: Trainer) -> PreTrainedModel:
     """The trained model with all its weights on this process, for a use in which processes go separate ways.
 
@@ -41,14 +59,13 @@ def whole_model(trainer: Trainer) -> PreTrainedModel:
     call it.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    parameters = list(model.parameters())
     if isinstance(model, FSDPModule):
         kind = type(model).__bases__[1]  # FSDP2 makes a class (FSDPModule, UC2…)
         return _copy(kind, model, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
-    if hasattr(parameters[0], "ds_id"):
+    if is_zero3(model):
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(parameters):
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
             return _copy(type(model), model, model.state_dict())
     return model
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from modeling_uc2.configuration_uc2 import OBJECTIVES, TEXT_OBJECTIVES
 
 from .checkpoints import ResumableTrainer
+from .distributed import is_zero3, keep_sums_exact, whole_model
 from .non_finite import check_finite
 from .sampling import EpochBatchSampler, check_plan, save_plan, train_loader
 
@@ -60,6 +62,7 @@ class UC2Trainer(ResumableTrainer):
             raise ValueError("UC2 averages over the targets of all processes; leave average_tokens_across_devices on.")
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported: the losses are computed inside the model.")
+        keep_sums_exact(self)
         self.tokens_per_batch = tokens_per_batch
         # Apple's GPUs have no float64.
         self._sum_type = torch.float32 if self.args.device.type == "mps" else torch.float64
@@ -147,6 +150,16 @@ class UC2Trainer(ResumableTrainer):
         super().log(logs, start_time)
 
     # ---- evaluation ----
+    def _model_to_evaluate(self) -> nn.Module:
+        if is_zero3(self.model):
+            # ZeRO-3 gathers weights call by call, but the LM head is called once per so many targets, of which
+            # processes have different numbers: they would wait for each other without end.
+            return whole_model(self)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator._models:
+            return self.model
+        # Nothing was trained before: autocast is still missing.
+        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Loss and accuracy of every objective, over all and per language, exact for any number of processes.
 
@@ -156,11 +169,7 @@ class UC2Trainer(ResumableTrainer):
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
         loader, counted = self._eval_loader(dataset)
-        model = self._wrap_model(self.model, training=False)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator._models):
-            # Nothing was trained before: autocast is still missing.
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        model.eval()
+        model = self._model_to_evaluate().eval()
         # [loss, correct, items] of every (language, objective)
         totals = self._zeros(3, len(dataset.languages), len(OBJECTIVES))
         for index, batch in enumerate(loader):
