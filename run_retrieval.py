@@ -25,6 +25,7 @@ from uc2.arguments import check_minimum, parse, parse_pairs
 from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
+from uc2.hard_negatives import HardNegativesCallback
 from uc2.hub import open_repository
 from uc2.model_card import card_names, training_table, write_model_card
 from uc2.output_folder import exclusive_output
@@ -40,7 +41,7 @@ from uc2.retrieval_report import (
     save_search_grid,
     write_results,
 )
-from uc2.retrieval_training import HardNegativesCallback, RetrievalTrainer
+from uc2.retrieval_training import RetrievalTrainer
 from uc2.scoring import PRECISIONS
 from uc2.script_errors import told_in_one_sentence
 from uc2.starting_point import check_max_length, load_config, load_processor

@@ -17,9 +17,9 @@ import run_retrieval
 from modeling_uc2 import UC2Config, UC2ForPreTraining, UC2ForRetrieval
 from processing_uc2 import UC2Processor
 from uc2.data_error import DataError
+from uc2.hard_negatives import mine_hard_negatives
 from uc2.region_store import RegionRow, RegionStore, write_region_store
 from uc2.retrieval_data import RetrievalDataset, load_captions_of
-from uc2.retrieval_training import mine_hard_negatives
 from uc2.rows import write_jsonl
 from uc2.scoring import score_matrix
 

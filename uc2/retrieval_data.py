@@ -15,6 +15,8 @@ from uc2.rows import check_images_in_store, load_captions
 
 # Draws per negative before all rows are looked through; each draw fails only for pairs that match.
 MAX_TRIES = 50
+# Minings whose negatives can still be asked for: batches are built ahead of the training that mines.
+KEPT_MININGS = 3
 
 
 class RetrievalDataset:
@@ -69,6 +71,8 @@ class RetrievalDataset:
         # -1: not mined. In shared memory, so that running DataLoader workers see what is mined.
         self.hard_images = torch.full((len(self), num_negative_images), -1).share_memory_()
         self.hard_rows = torch.full((len(self), num_negative_captions), -1).share_memory_()
+        self.mined_images = self.hard_images.repeat(KEPT_MININGS, 1, 1).share_memory_()
+        self.mined_rows = self.hard_rows.repeat(KEPT_MININGS, 1, 1).share_memory_()
         self._check_candidates()
 
     def __len__(self) -> int:
@@ -78,33 +82,41 @@ class RetrievalDataset:
     def group_size(self) -> int:
         return 1 + self.num_negative_images + self.num_negative_captions
 
-    def __getitem__(self, key: int) -> list[dict[str, np.ndarray]]:
+    def __getitem__(self, key: int | tuple[int, int]) -> list[dict[str, np.ndarray]]:
         """The encoded pairs, each with `input_ids (l,)`, `region_features (n, F)`, `region_boxes (n, 4)` and
-        `example_id`, the index of its image in `image_ids`."""
+        `example_id`, the index of its image in `image_ids`. A key may come with the number of a mining."""
+        key, mining = key if isinstance(key, tuple) else (key, None)
         row = int(key) % len(self)
-        images, rows = self.draw_negatives(int(key))
+        images, rows = self.draw_negatives(int(key), mining)
         text, regions = self._encode_text(row), self._encode_image(self.image_of_row[row])
         group = [text | regions]
         group += [text | self._encode_image(image) for image in images]
         group += [self._encode_text(other) | regions for other in rows]
         return group
 
-    def draw_negatives(self, key: int) -> tuple[np.ndarray, np.ndarray]:
-        """Wrong images (indices into `image_ids`) and rows of wrong captions; mined ones come first."""
+    def draw_negatives(self, key: int, mining: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Wrong images (indices into `image_ids`) and rows of wrong captions; mined ones come first.
+
+        Args:
+            mining: which mining's; None for what is set now.
+        """
         rng = np.random.default_rng((self.seed, key))
         row = key % len(self)
+        hard_images, hard_rows = self.hard_images, self.hard_rows
+        if mining is not None:
+            hard_images, hard_rows = (table[mining % KEPT_MININGS] for table in (self.mined_images, self.mined_rows))
         images = _draw(
             rng,
             np.arange(len(self.image_ids)),
             partial(self.is_wrong_image, row),
-            self.hard_images[row],
+            hard_images[row],
             self.num_negative_images,
         )
         rows = _draw(
             rng,
             self.rows_of_language[self.language_of_row[row]],
             partial(self.is_wrong_caption, row),
-            self.hard_rows[row],
+            hard_rows[row],
             self.num_negative_captions,
         )
         return images, rows
@@ -124,6 +136,11 @@ class RetrievalDataset:
         for table, values in ((self.hard_images, images), (self.hard_rows, rows)):
             values = list(values)[: table.shape[1]]
             table[row] = torch.tensor(values + [-1] * (table.shape[1] - len(values)))
+
+    def keep_mining(self, number: int) -> None:
+        """Keep what is set now as the result of a mining, in place of the oldest one."""
+        self.mined_images[number % KEPT_MININGS] = self.hard_images
+        self.mined_rows[number % KEPT_MININGS] = self.hard_rows
 
     def _check_candidates(self) -> None:
         """Each language needs wrong captions, and wrong images, or a draw would fail late."""
