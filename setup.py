@@ -22,6 +22,7 @@ setup(
         "accelerate>=1.10",
         "datasets>=4.0",
         "huggingface_hub>=1.0",
+        "jinja2>=3.1",
         "safetensors>=0.6",
         "sentencepiece>=0.2",
         "tokenizers>=0.22",
