@@ -240,3 +240,23 @@ def test_half_precision_model(inputs, dtype):
             found = model(**inputs).last_hidden_state[mask]
             assert found.dtype == dtype
             torch.testing.assert_close(found.float(), expected, atol=16 * torch.finfo(dtype).eps, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_encoder_compiles_and_exports_as_one_graph(inputs, padded):
+    if not padded:
+        del inputs["attention_mask"], inputs["region_attention_mask"]
+    model = build(UC2Model, num_hidden_layers=1).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(model, (), inputs).module()
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected)
+        torch.testing.assert_close(exported(**inputs).last_hidden_state, expected)
+
+
+def test_compiled_training_gives_the_same_gradients(batch):
+    model = build(objective_weights=WEIGHTS, num_hidden_layers=1)
+    expected = gradients(model, plain_loss(model, batch, {"mlm": 3, "itm": 1, "mrtm": 2, "vtlm": 2}))
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same_gradients(gradients(model, compiled(**batch).loss), expected)
