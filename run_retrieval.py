@@ -4,6 +4,7 @@
     python run_retrieval.py configs/retrieval_flickr30k.yaml --train_languages en de fr cs   # all-language
     python run_retrieval.py --model_name_or_path runs/uc2 --region_stores regions --eval_files m30k=test.jsonl
     python run_retrieval.py --model runs/retrieval --region_store regions --search "ein Hund am Strand"
+    python run_retrieval.py --model runs/retrieval --region_store regions --search_image 42 --eval_files m=test.jsonl
 
 Without `train_files` nothing is trained: the third line evaluates a pre-trained checkpoint zero-shot, with
 its image-text matching head. Files (YAML or JSON) and flags may be mixed; flags win.
@@ -31,16 +32,15 @@ from uc2.model_card import card_names, training_table, write_model_card
 from uc2.output_folder import exclusive_output
 from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapters, merge_adapters
 from uc2.region_store import RegionStore
-from uc2.retrieval import search, search_captions
 from uc2.retrieval_data import RetrievalCollator, RetrievalDataset, load_captions_of, load_test_sets
 from uc2.retrieval_report import (
     card_results,
     evaluate_retrieval,
     flat_metrics,
     format_table,
-    save_search_grid,
     write_results,
 )
+from uc2.retrieval_search import SearchArguments, search_and_show
 from uc2.retrieval_training import RetrievalTrainer
 from uc2.scoring import PRECISIONS
 from uc2.script_errors import told_in_one_sentence
@@ -102,18 +102,6 @@ class ScoringArguments:
 
 
 @dataclass
-class SearchArguments:
-    search: str | None = field(default=None, metadata={"help": "A text: find the best images of the stores."})
-    search_image: str | None = field(
-        default=None, metadata={"help": "An image id: find the best captions of the eval_files."}
-    )
-    search_images: str | None = field(
-        default=None, metadata={"help": "Folder of pictures <image id>.jpg; saves a grid as search.png."}
-    )
-    top_k: int = field(default=10, metadata={"help": "Number of results."})
-
-
-@dataclass
 class RetrievalTrainingArguments(TrainingArguments):
     """Defaults from the paper's A.1; it trains 30,000 steps on Flickr30K captions and 50,000 on COCO's."""
 
@@ -161,7 +149,7 @@ def run(
     find: SearchArguments,
     args,
 ) -> dict:
-    check_options(data, loss, scoring, find, args)
+    check_options(data, loss, scoring, args)
     eval_files = parse_pairs("eval_files", data.eval_files)
     eval_folds = parse_folds(data.eval_folds)
     open_repository(args)
@@ -173,7 +161,11 @@ def run(
         "max_length": data.max_length,
     }
     if find.search is not None or find.search_image is not None:
-        return run_search(data, find, store, eval_files, scoring_options, args)
+        processor = load_processor(data.model_name_or_path, store)
+        model = load_model(data.model_name_or_path, store, fine_tune=False).to(args.device)
+        captions = [text for test_set in load_test_sets(eval_files, store, data.eval_languages)
+                    for text in test_set.texts]  # fmt: skip
+        return search_and_show(find, model, processor, store, captions, args.output_dir, **scoring_options)
     if not data.train_files and not eval_files:
         raise DataError(
             found=Found("neither train_files nor eval_files"), expected="something to train or evaluate"
@@ -211,7 +203,7 @@ def run(
     return results
 
 
-def check_options(data, loss, scoring, find, args) -> None:
+def check_options(data, loss, scoring, args) -> None:
     """What could only fail late, after hours of training, is refused here."""
     check_minimum(
         loss, margin=0, num_negative_images=0, num_negative_captions=0, hard_negative_steps=1, hard_negative_pool=2
@@ -220,13 +212,10 @@ def check_options(data, loss, scoring, find, args) -> None:
         expected = "at least 1 of num_negative_images and num_negative_captions"
         raise DataError(field="num_negative_images", found=0, expected=expected)
     check_minimum(scoring, batch_tokens=1)
-    check_minimum(find, top_k=1)
     if scoring.precision == "int8" and args.device.type != "cpu":
         raise DataError(field="precision", found="int8", expected=f"fp32 or bf16 on {args.device.type}")
     if args.eval_strategy != "no" and not data.eval_files:
         raise DataError(field="eval_strategy", found=args.eval_strategy.value, expected="no, or eval_files")
-    if find.search is not None and not find.search.strip():
-        raise DataError(field="search", found=find.search, expected="a text")
 
 
 def parse_folds(words: list[str]) -> dict[str, int]:
@@ -356,33 +345,6 @@ def report(trainer, results: dict, data, loss, adapters: dict, scoring, args) ->
         },
         results=card_results(results),
     )
-
-
-def run_search(data, find: SearchArguments, store, eval_files, scoring_options, args) -> list:
-    """Print the best images for a text, or the best captions for an image."""
-    processor = load_processor(data.model_name_or_path, store)
-    model = load_model(data.model_name_or_path, store, fine_tune=False).to(args.device)
-    options = {"top_k": find.top_k, "progress": True, **scoring_options}
-    if find.search is not None:
-        hits = search(model, processor, find.search, store, **options)
-    else:
-        if find.search_image not in store:
-            raise DataError(
-                field="search_image", found=find.search_image, expected="an image of the region store"
-            )
-        captions = [text for test_set in load_test_sets(eval_files, store) for text in test_set.texts]
-        if not captions:
-            raise DataError(
-                field="eval_files", found=Found("no caption"), expected="captions to search among"
-            )
-        hits = search_captions(model, processor, store[find.search_image], captions, **options)
-    for rank, hit in enumerate(hits, start=1):
-        print(f"{rank:3d}  {hit.probability:.4f}  {hit.item}")
-    if find.search is not None and find.search_images:
-        path = Path(args.output_dir, "search.png")
-        save_search_grid(hits, find.search_images, find.search, path)
-        print(f"saved {path}")
-    return hits
 
 
 if __name__ == "__main__":

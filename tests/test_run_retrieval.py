@@ -292,7 +292,7 @@ def test_bad_rows_and_options_stop_before_the_first_step(corpus, tmp_path, rows,
         (["--eval_strategy", "steps"], "field 'eval_strategy': found 'steps', expected no, or eval_files"),
         (["--search", " "], "field 'search': found ' ', expected a text"),
         (["--search", "dog", "--top_k", 0], "field 'top_k': found 0, expected at least 1"),
-        (["--search_image", "i99"], "'i99', expected an image of the region store"),
+        (["--search_image", "i99"], "found no caption, expected captions to search among"),
     ],
 )
 def test_other_bad_options_are_refused(corpus, tmp_path, options, message):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from uc2.scoring import score_matrix
 
@@ -169,7 +170,15 @@ def search(
 def search_captions(
     model, processor, regions, captions: Sequence[str], top_k: int = 10, **options
 ) -> list[SearchHit]:
-    """The `top_k` of `captions` that best fit one image, given as its region row, best first."""
+    """The `top_k` of `captions` that best fit one image, best first.
+
+    Args:
+        regions: the image's region row; or the picture itself, if the processor has a region detector attached.
+        options: as for `search`.
+    """
+    if isinstance(regions, Image.Image):
+        found = processor(images=regions, return_tensors="np")
+        regions = {"features": found["region_features"][0], "normalized_boxes": found["region_boxes"][0]}
     scores = score_matrix(model, list(captions), [regions], processor, **options)
     return _top(captions, scores[:, 0], top_k)
 
