@@ -75,7 +75,8 @@ COSTS = """What each measure costs:
   makes its gradient in chunks beside the loss, the word embeddings' two gradients share one table. The same numbers up
   to rounding; no second derivative, and one loss per `backward()`.
 - fused AdamW: nothing; another order of rounding.
-- sdpa: nothing. On a CPU it has no fused kernel with attention dropout, so that training gains nothing here.
+- sdpa: nothing. On a CPU it has no fused kernel with attention dropout, so that training gains
+  next to nothing there.
 - activation checkpointing: every layer's forward is computed twice.
 - torch.compile: minutes before the first step (left out here) and again for new kinds of shapes."""
 
