@@ -333,7 +333,7 @@ def test_other_settings_do_not_continue_a_store(undisturbed, folder, backbone, t
     with pytest.raises(ValueError, match="grid was 2 and is now 3"):
         main([*arguments(folder, undisturbed, backbone), "--grid", "3"])
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="choose another place"):
+    with pytest.raises(FileExistsError, match="choose another place"):
         main(arguments(folder, tmp_path, backbone))
 
 

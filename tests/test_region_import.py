@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from uc2 import region_import
 from uc2.data_error import DataError
 from uc2.object_labels import load_object_labels
 from uc2.region_import import FORMATS, import_regions, main
@@ -170,7 +171,7 @@ def test_tsv_export_comes_back_unchanged(tmp_path):
         ({"img_h": "tall"}, ["row 2", "'image_height'", "tall"]),
         ({"img_h": 0}, ["row 2", "'image_height'", "positive"]),
         ({"img_id": ""}, ["row 2", "'image_id'"]),
-        ({"img_id": "image0"}, ["row 2", "'image_id'", "row 1"]),
+        ({"img_id": "image0"}, ["row 2", "'image_id'", "image 1 has it"]),
     ],
 )
 def test_malformed_tsv_is_one_error_and_leaves_nothing(tmp_path, change, parts):
@@ -440,3 +441,79 @@ def test_options_are_checked(tmp_path):
     with pytest.raises(ValueError, match="columns"):
         import_regions("npz", [tmp_path], tmp_path / "store", columns=["a"])
     assert set(FORMATS) == {"tsv", "uniter_lmdb", "volta_lmdb", "volta_h5", "npz"}
+
+
+# --- kills and restarts ---
+
+
+@pytest.fixture
+def twelve(tmp_path) -> list[str]:
+    """The command line of an import of twelve images, in shards of three."""
+    file = write_tsv_as_others_do(tmp_path / "a.tsv", LXMERT, rows=[tsv_cells(example(n)) for n in range(12)])
+    return ["--format", "tsv", "--input", str(file), "--rows_per_shard", "3", "--output"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code under test catches it."""
+
+
+def test_stopped_at_every_rename_the_store_is_the_same(twelve, tmp_path, monkeypatch):
+    main([*twelve, str(tmp_path / "undisturbed")])
+    decoded, renames, rename, decode = [], 0, os.replace, region_import.row_from_record
+
+    def row_from_record(record, options):
+        decoded.append(record.key)
+        return decode(record, options)
+
+    def replace(source, target):
+        nonlocal renames
+        renames += 1
+        if renames % 5 == 0:
+            raise Killed
+        rename(source, target)
+
+    monkeypatch.setattr(region_import, "row_from_record", row_from_record)
+    monkeypatch.setattr(os, "replace", replace)
+    stops = 0
+    while True:
+        try:
+            main([*twelve, str(tmp_path / "store")])
+            break
+        except Killed:
+            stops += 1
+            assert stops < 50 and not (tmp_path / "store").exists()
+    assert stops >= 4
+    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
+    assert sorted(os.listdir(tmp_path)) == ["a.tsv", "store", "undisturbed"]
+    assert len(decoded) <= 12 + 3 * stops  # a stop costs the shard under way
+    decoded.clear()
+    main([*twelve, str(tmp_path / "store")])  # is finished
+    assert not decoded
+
+
+def test_another_input_does_not_continue_an_import(twelve, tmp_path):
+    main([*twelve, str(tmp_path / "store")])
+    write_tsv_as_others_do(tmp_path / "a.tsv", LXMERT)
+    with pytest.raises(ValueError, match="begun with other settings: inputs"):
+        main([*twelve, str(tmp_path / "store")])
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(FileExistsError, match="taken"):
+        main([*twelve, str(tmp_path / "taken")])
+
+
+@pytest.mark.parametrize(
+    ("cells", "parts"),
+    [
+        (tsv_cells(example(0)), ["row 4", "'image0'", "image 1 has it"]),
+        ({**tsv_cells(example(9)), "features": encoded(np.zeros((3, 4), np.float32))}, ["'feature_size'", "4", "6"]),
+    ],
+)
+def test_what_agrees_within_a_shard_only_is_refused(tmp_path, cells, parts):
+    rows = [*(tsv_cells(example(n)) for n in range(3)), cells]
+    file = write_tsv_as_others_do(tmp_path / "a.tsv", LXMERT, rows=rows)
+    fails(lambda: import_regions("tsv", [file], tmp_path / "store", rows_per_shard=3), str(file), *parts)
+    assert os.listdir(tmp_path) == ["a.tsv"]

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all: written beside their place, then renamed."""
+"""Files and directories that appear whole or not at all (written beside their place, then renamed), by one writer."""
 
 import glob
 import os
@@ -7,6 +7,30 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def sole_writer(path: str | os.PathLike) -> Iterator[None]:
+    """Lets one process at a time write `path`. The right ends with the process, however it ends.
+
+    Raises:
+        BlockingIOError: another process is writing it.
+    """
+    file = Path(f"{path}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BlockingIOError(f"another process is writing {path}; wait for it, or choose another output") from None
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever opened it meanwhile finds it gone, and starts over.
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
@@ -48,8 +72,9 @@ def atomic_directory(path: str | os.PathLike, *, overwrite: bool = False) -> Ite
 def remove_leftovers(path: str | os.PathLike) -> None:
     """Removes what killed writers of `path` left beside it. Only where nobody else is writing `path`."""
     path = Path(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for ending in ("tmp", "old"):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _is_occupied(path: Path) -> bool:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from processing_uc2.image_processing_uc2_detector import UC2DetectorImageProcessor
 from uc2.arguments import parse
+from uc2.atomic_files import sole_writer
 from uc2.data_error import DataError
 from uc2.image_sources import ImageItem, ImageUnit, open_images
 from uc2.region_extractors import GridFeatures, load_detector, regions_from_images
@@ -312,18 +313,19 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (arguments,) = parse([RegionExtractionArguments], sys.argv[1:] if argv is None else argv)
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > 1:
-        worker, helpers = Worker(int(os.environ["RANK"]), launched), []
-    else:
-        worker = Worker(0, arguments.num_processes)
-        helpers = [_start(Worker(rank, worker.world_size), arguments) for rank in range(1, worker.world_size)]
-    try:
+    worker = Worker(int(os.environ["RANK"]), launched) if launched > 1 else Worker(0, arguments.num_processes)
+    if worker.rank > 0:
         run_worker(worker, arguments)
-        if worker.rank == 0:
+        return
+    with sole_writer(arguments.output):
+        ranks = range(1, worker.world_size) if launched == 1 else ()
+        helpers = [_start(Worker(rank, worker.world_size), arguments) for rank in ranks]
+        try:
+            run_worker(worker, arguments)
             _finish(arguments, helpers)
-    finally:
-        for helper in helpers:
-            helper.terminate()
+        finally:
+            for helper in helpers:
+                helper.terminate()
 
 
 def _start(worker: Worker, arguments: RegionExtractionArguments) -> multiprocessing.Process:

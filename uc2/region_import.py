@@ -5,35 +5,42 @@
     python -m uc2.region_import --export --input regions/ --output regions.tsv
 
 Formats: `tsv` (bottom-up attention, LXMERT, VOLTA), `uniter_lmdb` (UNITER, UC2), `volta_lmdb` and
-`volta_h5` (VOLTA, IGLUE), `npz` (one `.npz` or `.npy` per image). The store appears whole at the end, or
-not at all; malformed input is one `DataError`.
+`volta_h5` (VOLTA, IGLUE), `npz` (one `.npz` or `.npy` per image). Killed and started again, it goes on with
+the shard that was under way. Malformed input is one `DataError`, and nothing is left then.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from uc2.atomic_files import remove_leftovers
+from uc2.atomic_files import sole_writer
 from uc2.data_error import DataError, Found
+from uc2.file_versions import file_versions
 from uc2.region_import_files import image_files, read_image_files, read_volta_h5
 from uc2.region_import_lmdb import count_entries, read_uniter_lmdb, read_volta_lmdb
 from uc2.region_import_tsv import read_tsv, write_tsv
-from uc2.region_records import Record, RecordOptions, row_from_record
-from uc2.region_store import RegionStore, write_region_store
+from uc2.region_records import LazyRecord, RecordOptions, row_from_record
+from uc2.region_rows import RegionRow
+from uc2.region_store import RegionStore
+from uc2.resumable_store import ResumableStore, ShardKey
 
 
 @dataclass(frozen=True)
 class _Format:
     """How to read a format, which option is its own, how to count its images (None: not known beforehand)."""
 
-    read: Callable[..., Iterator[Record]]
+    read: Callable[..., Iterator[LazyRecord]]
     option: str | None = None
     count: Callable[[Sequence[str]], int] | None = None
 
@@ -58,7 +65,6 @@ def import_regions(
     *,
     options: RecordOptions | None = None,
     rows_per_shard: int = 1000,
-    overwrite: bool = False,
     **format_options,
 ) -> Path:
     """Write the regions in `inputs` as the store `output`.
@@ -67,11 +73,14 @@ def import_regions(
         format: one of `FORMATS`.
         inputs: files, databases or directories, read in order.
         options: what the records leave open.
+        rows_per_shard: images per file of the store; what a kill can cost.
         format_options: `columns` for tsv, `region_counts` for uniter_lmdb.
 
     Raises:
-        DataError: at the first record that is malformed; nothing is written then.
-        FileExistsError: `output` exists and `overwrite` is not set.
+        DataError: at the first record that is malformed; nothing is left then.
+        ValueError: `output`, finished or not, comes from other settings or input.
+        FileExistsError: `output` exists and is something else.
+        BlockingIOError: another process is writing `output`.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
@@ -85,16 +94,62 @@ def import_regions(
             raise DataError(
                 file=path, found=Found("no such file"), expected=f"regions in the format {format}"
             )
-    remove_leftovers(output)
-    options, total = options or RecordOptions(), chosen.count(inputs) if chosen.count else None
-    with tqdm(chosen.read(inputs, **format_options), total=total, unit="image", desc=format) as records:
-        return write_region_store(
-            (row_from_record(record, options) for record in records),
-            output,
-            rows_per_shard=rows_per_shard,
-            overwrite=overwrite,
-            source=", ".join(inputs),
-        )
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard is {rows_per_shard}; expected at least 1")
+    options = options or RecordOptions()
+    settings = {name: str(value) for name, value in (asdict(options) | format_options).items()}
+    settings["image_sizes"] = hashlib.sha256(settings["image_sizes"].encode()).hexdigest()[:16]  # may be millions
+    plan = {"format": format, "inputs": file_versions(inputs), "rows_per_shard": rows_per_shard} | settings
+    with sole_writer(output):
+        store = ResumableStore(output, plan)
+        try:
+            if not store.is_complete(1):
+                total = chosen.count(inputs) if chosen.count else None
+                # Closed at an error, too: a database that stays open cannot be opened again.
+                with (
+                    closing(chosen.read(inputs, **format_options)) as records,
+                    tqdm(records, total=total, unit="image", desc=format) as shown,
+                ):
+                    _write_shards(store, shown, options, rows_per_shard, ", ".join(inputs))
+            store.finish()
+        except DataError:
+            store.discard()
+            raise
+    return Path(output)
+
+
+def _write_shards(
+    store: ResumableStore, records: Iterable[LazyRecord], options: RecordOptions, rows_per_shard: int, source: str
+) -> None:
+    """Writes the shards that are not there yet."""
+    done, numbers, records = store.done(), {}, iter(records)
+    for chunk in itertools.count():
+        first, key = next(records, None), ShardKey(0, chunk)
+        if first is None:
+            break
+        some = itertools.chain([first], itertools.islice(records, rows_per_shard - 1))
+        if done.has_shard(key):
+            deque(some, maxlen=0)  # passed over
+            numbers |= {image_id: number for number, image_id in enumerate(store.image_ids(key), len(numbers) + 1)}
+        else:
+            store.write_shard(key, _rows(some, options, numbers), source)
+    if not chunk:
+        raise DataError(file=source, found=Found("no image"), expected="the regions of at least one image")
+    store.note_chunks(0, chunk)
+
+
+def _rows(records: Iterable[LazyRecord], options: RecordOptions, numbers: dict[str, int]) -> Iterator[RegionRow]:
+    """The rows of records; `numbers` are the images seen so far, counted from 1."""
+    for decode in records:
+        record = decode()
+        row = row_from_record(record, options)
+        if row.image_id in numbers:
+            expected = f"an id of its own (image {numbers[row.image_id]} has it already)"
+            raise DataError(
+                file=record.file, row=record.number, field="image_id", found=row.image_id, expected=expected
+            )
+        numbers[row.image_id] = len(numbers) + 1
+        yield row
 
 
 def _read_image_sizes(file: str | None) -> dict[str, tuple[int, int]]:
@@ -123,8 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "--image_id_pattern", type=re.compile, help="expression whose first group is the image id"
     )
     parser.add_argument("--no_classes", action="store_true", help="accept regions without object classes")
-    parser.add_argument("--rows_per_shard", type=int, default=1000)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing store")
+    parser.add_argument("--rows_per_shard", type=int, default=1000, help="images per file of the store")
     return parser
 
 
@@ -145,7 +199,6 @@ def main(argv: list[str] | None = None) -> Path:
         arguments.output,
         options=RecordOptions(**options),
         rows_per_shard=arguments.rows_per_shard,
-        overwrite=arguments.overwrite,
         **own,
     )
 

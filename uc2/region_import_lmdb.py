@@ -4,12 +4,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from uc2.data_error import DataError, Found
 from uc2.region_cells import decode_cells
-from uc2.region_records import NAMES, Record
+from uc2.region_records import NAMES, LazyRecord, Record
 from uc2.safe_decoding import DecodingError, loads_msgpack, loads_npz, loads_pickle
 
 _KEY_LISTS = (b"__keys__", b"keys")  # UNITER's and VOLTA's entries that list the images
@@ -18,7 +19,7 @@ _PER_REGION = ("features", "normalized_boxes", "class_scores", "class_probs_afte
 
 def read_uniter_lmdb(
     paths: Sequence[str | os.PathLike], region_counts: str | os.PathLike | None = None
-) -> Iterator[Record]:
+) -> Iterator[LazyRecord]:
     """Records of databases such as `feat_th0.2_max100_min10` or `feat_numbb36`.
 
     Args:
@@ -29,19 +30,26 @@ def read_uniter_lmdb(
         counts_file = Path(region_counts) if region_counts else _counts_beside(path)
         counts = _read_counts(counts_file) if counts_file else {}
         for number, key, content in _entries(path):
-            values = _decode(loads_npz if content[:2] == b"PK" else loads_msgpack, content, path, number)
-            record = Record(key, values, str(path), number)
-            if counts_file:
-                record = _keep_first(record, counts.get(key), counts_file)
-            yield record
+            yield partial(_uniter_record, number, key, content, path, counts_file, counts.get(key))
 
 
-def read_volta_lmdb(paths: Sequence[str | os.PathLike]) -> Iterator[Record]:
+def _uniter_record(
+    number: int, key: str, content: bytes, path: Path, counts_file: Path | None, count: Any
+) -> Record:
+    values = _decode(loads_npz if content[:2] == b"PK" else loads_msgpack, content, path, number)
+    record = Record(key, values, str(path), number)
+    return _keep_first(record, count, counts_file) if counts_file else record
+
+
+def read_volta_lmdb(paths: Sequence[str | os.PathLike]) -> Iterator[LazyRecord]:
     """Records of databases of pickled dictionaries; their arrays are base64 (from TSV) or plain (HDF5)."""
     for path in map(Path, paths):
         for number, key, content in _entries(path):
-            values = _decode(loads_pickle, content, path, number)
-            yield decode_cells(Record(key, values, str(path), number))
+            yield partial(_volta_record, number, key, content, path)
+
+
+def _volta_record(number: int, key: str, content: bytes, path: Path) -> Record:
+    return decode_cells(Record(key, _decode(loads_pickle, content, path, number), str(path), number))
 
 
 def _entries(path: Path) -> Iterator[tuple[int, str, bytes]]:

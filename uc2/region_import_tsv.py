@@ -3,6 +3,7 @@
 import base64
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from uc2.atomic_files import atomic_file
 from uc2.data_error import DataError, Found
 from uc2.region_cells import decode_cells
-from uc2.region_records import Record
+from uc2.region_records import LazyRecord, Record
 from uc2.region_store import RegionStore
 
 LXMERT_COLUMNS = (
@@ -30,7 +31,7 @@ _KNOWN_COLUMNS = {
 }
 
 
-def read_tsv(files: Sequence[str | os.PathLike], columns: Sequence[str] | None = None) -> Iterator[Record]:
+def read_tsv(files: Sequence[str | os.PathLike], columns: Sequence[str] | None = None) -> Iterator[LazyRecord]:
     """Records of TSV files, in order.
 
     Args:
@@ -46,7 +47,7 @@ def read_tsv(files: Sequence[str | os.PathLike], columns: Sequence[str] | None =
                     names = _columns(cells, file)
                 is_header = number == 1 and b"features" in cells
                 if cells != [b""] and not is_header:
-                    yield _record(cells, names, file, number)
+                    yield partial(_record, cells, names, file, number)
 
 
 def _columns(cells: Sequence[bytes], file: str) -> Sequence[str]:

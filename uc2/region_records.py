@@ -1,7 +1,7 @@
 """From other projects' region records to `RegionRow`: their names, their class numbering, their units."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,10 @@ class Record:
     def fail(self, ours: str, found: str, expected: str) -> DataError:
         found = Found(f"{found} (image {self.key!r})")
         return DataError(file=self.file, row=self.number, field=ours, found=found, expected=expected)
+
+
+LazyRecord = Callable[[], Record]
+"""What readers give for an image: a restart passes over those that are done without decoding them."""
 
 
 def row_from_record(record: Record, options: RecordOptions) -> RegionRow:

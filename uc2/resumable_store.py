@@ -1,4 +1,4 @@
-"""A region store that is written batch by batch and continued after the writer was killed at any moment.
+"""A region store that is written piece by piece and continued after the writer was killed at any moment.
 
 While it grows, the store is the directory `<path>.partial`. Its sub-directory `progress` holds each finished
 batch until the batches of a shard are joined into the shard's file; every file is written beside its place
@@ -9,25 +9,27 @@ directory takes its final name.
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
+from uc2.arrow_files import arrow_batches
 from uc2.atomic_files import atomic_file
 from uc2.data_error import DataError, Found
 from uc2.region_rows import RegionRow
 from uc2.region_store import RegionStore
 from uc2.region_writer import MANIFEST, read_manifest, write_region_store
 
-PLAN = "extraction.json"
+PLAN = "settings.json"
 REPORT = "skipped.jsonl"
 
 
 @dataclass(frozen=True, order=True)
 class ShardKey:
-    """Which images a shard holds: the `chunk`-th run of `images_per_shard` images of a unit of the source."""
+    """Which images a shard holds: the `chunk`-th run of so many images of a unit of the source."""
 
     unit: int
     chunk: int
@@ -73,9 +75,7 @@ class ResumableStore:
         for directory in begun:
             self._check_plan(directory)
         if not begun and self.path.exists():
-            raise ValueError(
-                f"{self.path} exists and is not a store of extracted regions; choose another place."
-            )
+            raise FileExistsError(f"{self.path} exists, and not as a store made here; choose another place.")
         if not begun:
             self.progress.mkdir(parents=True, exist_ok=True)
             _write_json(self.partial / PLAN, plan)
@@ -138,6 +138,39 @@ class ResumableStore:
         )  # the finishing process may remove it first
         return True
 
+    def write_shard(self, key: ShardKey, rows: Iterable[RegionRow], source: str) -> None:
+        """Adds a whole shard at once; `source` is what errors name.
+
+        Raises:
+            DataError: a row breaks the format, or has another width than those of the first shard.
+        """
+        work = self.progress / key.name
+        write_region_store(rows, work / "store", rows_per_shard=sys.maxsize, overwrite=True, source=source)
+        manifest = read_manifest(work / "store")
+        (shard,) = manifest["shards"]
+        self._check_like_first(manifest, source)
+        os.replace(work / "store" / shard["file"], self.partial / f"{key.name}.arrow")
+        record = {"shard": shard | {"file": f"{key.name}.arrow"}, "manifest": manifest}
+        _write_json(self.progress / f"{key.name}.json", record)
+        shutil.rmtree(work)
+
+    def _check_like_first(self, manifest: dict, source: str) -> None:
+        record = self.progress / f"{ShardKey(0, 0).name}.json"
+        first = json.loads(record.read_text())["manifest"] if record.exists() else manifest
+        for field in ("feature_size", "num_classes"):
+            if manifest[field] != first[field]:
+                expected = f"{first[field]} as before"
+                raise DataError(file=source, field=field, found=manifest[field], expected=expected)
+
+    def image_ids(self, key: ShardKey) -> list[str]:
+        """The images of a finished shard."""
+        batches = arrow_batches(self.partial / f"{key.name}.arrow")
+        return [image_id for batch in batches for image_id in batch.column("image_id").to_pylist()]
+
+    def discard(self) -> None:
+        """Removes what was begun."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def _join(self, stores: list[Path], name: str) -> dict:
         temporary, rows = self.progress / f"{name}.tmp", 0
         with pa.OSFile(str(temporary), "wb") as sink:
@@ -185,11 +218,14 @@ class ResumableStore:
                 leftover.unlink()
             os.replace(self.partial, self.path)
         report = self.path / REPORT
-        return {"images": read_manifest(self.path)["rows"], "skipped": len(_read_json_lines(report))}
+        skipped = len(_read_json_lines(report)) if report.exists() else 0
+        return {"images": read_manifest(self.path)["rows"], "skipped": skipped}
 
     def _write_manifest(self) -> None:
         records = [json.loads(file.read_text()) for file in sorted(self.progress.glob("shard-*.json"))]
-        _write_json_lines(self.partial / REPORT, [line for record in records for line in record["skipped"]])
+        if any("skipped" in record for record in records):  # sources whose images can fail
+            skipped = [line for record in records for line in record["skipped"]]
+            _write_json_lines(self.partial / REPORT, skipped)
         records = [record for record in records if record["shard"]]
         if not records:
             raise DataError(

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from uc2.arguments import parse
-from uc2.atomic_files import atomic_file, remove_leftovers
+from uc2.atomic_files import atomic_file, remove_leftovers, sole_writer
+from uc2.file_versions import file_versions
 from uc2.object_labels import load_object_labels
 from uc2.rows import write_jsonl
 from uc2.translation_filters import rejection
@@ -138,15 +139,9 @@ class TranslationArguments:
     def settings(self) -> dict:
         """What decides the result; the sources are told by size and time of change."""
         files = [*self.input, *(pair.split("=", 1)[1] for pair in self.existing)]
-        files += [self.image_ids, self.labels]
-        versions = {file: _version(file) for file in files if file and os.path.exists(file)}
+        files += [file for file in (self.image_ids, self.labels) if file]
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in _FREE_OPTIONS}
-        return json.loads(json.dumps(options | {"files": versions}))
-
-
-def _version(file: str) -> list:
-    paths = [Path(file)] if os.path.isfile(file) else sorted(Path(file).rglob("*"))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        return options | {"files": file_versions(files)}
 
 
 # --- models ---
@@ -342,20 +337,26 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse((TranslationArguments,), sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0:
+        with sole_writer(args.output):
+            _lead(args, processes)
+    elif args.labels is None and not _check_settings(args):
+        translate_captions(args, rank, processes)
+
+
+def _lead(args: TranslationArguments, processes: int) -> None:
+    """What process 0 does, on its own or with the others."""
     if _check_settings(args):
         print(f"{args.output} is finished already.")
     elif args.labels is not None:
-        if rank == 0:
-            translate_labels(args)
-        return
+        translate_labels(args)
     else:
-        if rank == 0:
-            _write_json(args.settings(), _work_dir(args) / "settings.json")
+        _write_json(args.settings(), _work_dir(args) / "settings.json")
         if processes == 1 and args.num_processes > 1:
             torch.multiprocessing.spawn(_local_process, (args,), nprocs=args.num_processes)
         else:
-            translate_captions(args, rank, processes)
-    if rank == 0 and _work_dir(args).exists() and not args.keep_work_dir:
+            translate_captions(args, 0, processes)
+    if _work_dir(args).exists() and not args.keep_work_dir:
         shutil.rmtree(_work_dir(args))
 
 

@@ -28,8 +28,9 @@ from thot.alignment import FastAlignModel, SymmetrizationHeuristic, SymmetrizedA
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from uc2.atomic_files import atomic_file, remove_leftovers
+from uc2.atomic_files import atomic_file, remove_leftovers, sole_writer
 from uc2.data_error import DataError
+from uc2.file_versions import file_versions
 from uc2.rows import load_parallel_captions, write_jsonl
 
 logger = logging.getLogger(__name__)
@@ -275,8 +276,7 @@ class AlignmentWork:
         """
         record = self.directory / "settings.json"
         settings = {k: v for k, v in vars(self.args).items() if k not in ("output", "num_processes")}
-        files = [file for file in self.args.input if os.path.isfile(file)]
-        settings["files"] = [[os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
+        settings["files"] = file_versions(self.args.input)
         if not record.exists():
             remove_leftovers(record)
             with atomic_file(record) as temporary:
@@ -361,13 +361,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_processes < 1:
         raise ValueError(f"--num_processes is {args.num_processes}; expected at least 1")
     rows = load_parallel_captions(args.input)
-    languages, work = _languages_beside(args.pivot, rows), AlignmentWork(args)
-    work.start()
-    if args.num_processes > 1:
-        work.align_in_processes(rows, languages)
-    else:
-        work.align(rows, languages)
-    work.finish(rows, languages)
+    languages = _languages_beside(args.pivot, rows)
+    with sole_writer(args.output):
+        work = AlignmentWork(args)
+        work.start()
+        if args.num_processes > 1:
+            work.align_in_processes(rows, languages)
+        else:
+            work.align(rows, languages)
+        work.finish(rows, languages)
 
 
 if __name__ == "__main__":
