@@ -230,45 +230,49 @@ def training_rows(case: Case, corpus: list[str], rank: int, rounds: int, folder:
 
 
 def base_cases(files: list[str], trained: int, num_texts: int, num_images: int):
-    """(cases, corpus): a retrieval and a VQA model of base size over XLM-R's number of tokens."""
+    """(how to make each case, corpus): retrieval and VQA of base size over XLM-R's number of tokens."""
     corpus = read_lines(files)
-    tokenizer = synthetic_tokenizer(corpus, trained)
-    regions = random_regions(num_images, 36, UC2Config().region_feature_size)
-    processor = UC2Processor(tokenizer)
+    processor = UC2Processor(synthetic_tokenizer(corpus, trained))
+    regions = random_regions(num_images, 36, processor.feature_size)
     texts = corpus[:: len(corpus) // num_texts][:num_texts]
-    torch.manual_seed(0)
-    size = {"vocab_size": len(tokenizer)}
-    retrieval, vqa = UC2ForRetrieval(UC2Config(**size)), UC2ForVQA(UC2Config(**size, num_labels=3129))
-    count = num_texts * num_images
-    cycled = [list(itertools.islice(itertools.cycle(items), count)) for items in (texts, regions)]
-    cases = [
-        Case("retrieval, base, random", retrieval, processor, texts, regions, pairs=True),
-        Case("VQA, base, random", vqa, processor, *cycled, pairs=False),
-    ]
-    return cases, corpus
+
+    def random_model(model_class, **changes):
+        torch.manual_seed(0)
+        return model_class(UC2Config(vocab_size=len(processor.tokenizer), **changes))
+
+    def retrieval() -> Case:
+        return Case("retrieval, base, random", random_model(UC2ForRetrieval), processor, texts, regions, pairs=True)
+
+    def vqa() -> Case:
+        model = random_model(UC2ForVQA, num_labels=3129)
+        cycled = [list(itertools.islice(itertools.cycle(x), num_texts * num_images)) for x in (texts, regions)]
+        return Case("VQA, base, random", model, processor, *cycled, pairs=False)
+
+    return {"retrieval": retrieval, "vqa": vqa}, corpus
 
 
 def demo_cases(demo: Path, num_texts: int, num_images: int):
-    """(cases, corpus): the demo's trained models on its test split; its tokenizer is as small as its corpus."""
+    """(how to make each case, corpus): the demo's trained models on its test split."""
     store = RegionStore(demo / "corpus" / "regions" / "test")
     captions = load_captions(str(demo / "corpus" / "captions_test.jsonl"))
     questions = load_questions(str(demo / "corpus" / "questions_test.jsonl"))
     questions = questions.filter(lambda row: row["language"] == "en")
-    images = [store[name] for name in itertools.islice(store, num_images)]
-    asked = questions.select(range(min(len(questions), num_texts * num_images)))
-    retrieval, vqa = demo / "retrieval", demo / "vqa-en"
-    texts = captions["caption"][:: len(captions) // num_texts][:num_texts]
-    cases = [
-        Case(
-            "retrieval, demo, trained", UC2ForRetrieval.from_pretrained(retrieval),
-            UC2Processor.from_pretrained(retrieval), texts, images, pairs=True,
-        ),
-        Case(
-            "VQA, demo, trained", UC2ForVQA.from_pretrained(vqa), UC2Processor.from_pretrained(vqa),
-            list(asked["question"]), [store[name] for name in asked["image_id"]], pairs=False,
-        ),
-    ]  # fmt: skip
-    return cases, list(captions["caption"]) + list(questions["question"])
+
+    def retrieval() -> Case:
+        folder = demo / "retrieval"
+        model, processor = UC2ForRetrieval.from_pretrained(folder), UC2Processor.from_pretrained(folder)
+        images = [store[name] for name in itertools.islice(store, num_images)]
+        texts = captions["caption"][:: len(captions) // num_texts][:num_texts]
+        return Case("retrieval, demo, trained", model, processor, texts, images, pairs=True)
+
+    def vqa() -> Case:
+        folder = demo / "vqa-en"
+        model, processor = UC2ForVQA.from_pretrained(folder), UC2Processor.from_pretrained(folder)
+        asked = questions.select(range(min(len(questions), num_texts * num_images)))
+        images = [store[name] for name in asked["image_id"]]
+        return Case("VQA, demo, trained", model, processor, list(asked["question"]), images, pairs=False)
+
+    return {"retrieval": retrieval, "vqa": vqa}, list(captions["caption"]) + list(questions["question"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--texts", nargs="+", help="text files, a caption a line, for the model of base size")
     source.add_argument("--demo", type=Path, help="the folder of `make demo`")
+    parts = ["retrieval", "vqa", "training"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="one at a time takes less memory")
     parser.add_argument("--trained_tokens", type=int, default=16_000, help="sub-words learnt from the texts")
     parser.add_argument("--num_texts", type=int, default=4)
     parser.add_argument("--num_images", type=int, default=8)
@@ -289,15 +295,16 @@ def main(argv: list[str] | None = None) -> None:
         cases, corpus = base_cases(options.texts, options.trained_tokens, options.num_texts, options.num_images)
     print("| model | variant | parameters | MB | examples/s | agreement with PyTorch fp32 |")
     print("|---|---|---:|---:|---:|---|")
-    for case in cases:
+    for name in (name for name in cases if name in options.parts):
         with tempfile.TemporaryDirectory() as folder:
-            for row in inference_rows(case, corpus, options.rounds, Path(folder)):
+            for row in inference_rows(cases[name](), corpus, options.rounds, Path(folder)):
                 print(row, flush=True)
-    print("\n| training the first model | trained | checkpoint MB | steps/s |")
-    print("|---|---:|---:|---:|")
-    with tempfile.TemporaryDirectory() as folder:
-        for row in training_rows(cases[0], corpus, options.lora_rank, options.rounds, Path(folder)):
-            print(row, flush=True)
+    if "training" in options.parts:
+        print("\n| a retrieval step | trained | checkpoint MB | steps/s |")
+        print("|---|---:|---:|---:|")
+        with tempfile.TemporaryDirectory() as folder:
+            for row in training_rows(cases["retrieval"](), corpus, options.lora_rank, options.rounds, Path(folder)):
+                print(row, flush=True)
 
 
 if __name__ == "__main__":
