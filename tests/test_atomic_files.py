@@ -20,7 +20,7 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path):
     output = tmp_path / "folder" / "out"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(BlockingIOError, match="another process is writing .*out"), sole_writer(output):
+        with pytest.raises(BlockingIOError, match="another run is writing .*out"), sole_writer(output):
             pass
         other.kill()
     with sole_writer(output), sole_writer(tmp_path / "folder" / "other"):

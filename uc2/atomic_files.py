@@ -1,5 +1,6 @@
 """Files and directories that appear whole or not at all (written beside their place, then renamed), by one writer."""
 
+import fcntl
 import glob
 import os
 import shutil
@@ -7,8 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -20,17 +19,31 @@ def sole_writer(path: str | os.PathLike) -> Iterator[None]:
     """
     file = Path(f"{path}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise BlockingIOError(f"another process is writing {path}; wait for it, or choose another output") from None
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Unlike flock, this is not inherited by data loading processes, which outlive a killed run for seconds.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX leaves open which
+            os.close(descriptor)
+            message = f"another run is writing {path}; wait for its end, or choose another output"
+            raise BlockingIOError(message) from error
+        if _is_at(descriptor, file):
+            break
+        os.close(descriptor)  # its last holder has just removed it
     try:
         yield
     finally:
-        # Removed while it is held: whoever opened it meanwhile finds it gone, and starts over.
+        # Removed while it is held: whoever has opened it meanwhile starts over.
         file.unlink(missing_ok=True)
-        lock.release()
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def test_one_fault_after_another(script_of, name):
     other.folder.mkdir()
     assert other.run("second", output_dir=run) == 1
     assert other.said("second").strip() == (
-        f"error: another run is writing {run}; wait for its end, or choose another output_dir"
+        f"error: another run is writing {run}; wait for its end, or choose another output"
     )
     os.kill(first.pid, signal.SIGCONT)
     first.join()
