@@ -67,7 +67,7 @@ def _read_settings(file: str, known: set[str], parser: HfArgumentParser) -> dict
     try:
         text = Path(file).read_text(encoding="utf-8")
         values = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"{file} cannot be read: {error}")
     if not isinstance(values, dict):
         parser.error(f"{file} holds {type(values).__name__}; expected a mapping of option names to values")

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from uc2.atomic_files import atomic_file
+from uc2.data_error import DataError
 from uc2.retrieval_data import RetrievalDataset
 from uc2.sampling import EpochBatchSampler
 from uc2.scoring import score_matrix
@@ -31,16 +32,17 @@ class MiningBatchSampler(EpochBatchSampler):
         updates_ahead: how far the data loading runs ahead of training, at most.
 
     Raises:
-        ValueError: minings follow one another faster than data is loaded ahead.
+        DataError: minings follow one another faster than data is loaded ahead.
     """
 
     def __init__(self, *args, every: int, updates_ahead: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.every, self.lag = every, min(LAG, every)
         if updates_ahead > self.lag:
-            raise ValueError(
-                f"data is loaded up to {updates_ahead} updates ahead, but negatives are mined every {every} and used"
-                f" {self.lag} later; mine less often, or set fewer dataloader_num_workers"
+            raise DataError(
+                field="hard_negative_steps",
+                found=every,
+                expected=f"at least {updates_ahead} (so far ahead are batches built), or fewer dataloader_num_workers",
             )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

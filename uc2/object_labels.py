@@ -40,7 +40,7 @@ def load_object_labels(path: str | os.PathLike) -> dict[str, list[str]]:
 def _read_json(path: Path) -> dict[str, list[str]]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         expected = "a JSON file of object labels by language"
         raise DataError(file=path, found=Found(str(error)), expected=expected) from error
 
@@ -50,7 +50,10 @@ def _read_text_files(directory: Path) -> dict[str, list[str]]:
     for file in sorted(directory.iterdir()):
         match = _TEXT_FILE.fullmatch(file.name)
         if match:
-            lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+            try:
+                lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(file=file, found=Found(str(error)), expected="a UTF-8 text file") from error
             labels[match["language"] or "en"] = [
                 _first_synonym(line, file, row) for row, line in enumerate(lines, 1)
             ]

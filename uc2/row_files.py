@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from uc2.arrow_files import arrow_batches
-from uc2.data_error import DataError, Found
+from uc2.data_error import DataError, Found, shorten
 
 
 def _json_line_rows(file: str) -> Iterator[tuple[int, Any]]:
@@ -42,7 +43,8 @@ def _open_bytes(file: str):
 def _parse_json(content: bytes, file: str, row: int | None) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    # ValueError: also numbers of thousands of digits; RecursionError: thousands of brackets.
+    except (ValueError, RecursionError) as error:
         raise DataError(
             file=file, row=row, found=Found(f"malformed JSON ({error})"), expected="one JSON object"
         ) from error
@@ -83,17 +85,33 @@ def numbered_rows(source: str, split: str, streaming: bool = False) -> Iterator[
     if path.is_file():
         try:
             yield from reader_of(source)(source)
-        except (pa.ArrowException, EOFError, gzip.BadGzipFile) as error:
+        except DataError:
+            raise
+        except (pa.ArrowException, OSError, EOFError, zlib.error, ValueError) as error:
             raise DataError(
                 file=source, found=Found(f"an unreadable file ({error})"), expected="a whole file"
             ) from error
     elif path.is_dir():
-        yield from enumerate(_pick_split(datasets.load_from_disk(source), source, split), start=1)
+        yield from enumerate(_saved_rows(source, split), start=1)
     else:
-        yield from enumerate(datasets.load_dataset(source, split=split, streaming=streaming), start=1)
+        yield from enumerate(hub_rows(source, split, streaming), start=1)
 
 
-def _pick_split(loaded, source: str, split: str) -> datasets.Dataset:
+def hub_rows(source: str, split: str, streaming: bool = False):
+    """A data set of the Hub, or of the cache of earlier downloads."""
+    try:
+        return datasets.load_dataset(source, split=split, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        found = Found(f"no data set to load ({shorten(str(error), 200)})")
+        raise DataError(file=source, found=found, expected="a file of rows, or a data set of the Hub") from error
+
+
+def _saved_rows(source: str, split: str) -> datasets.Dataset:
+    try:
+        loaded = datasets.load_from_disk(source)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        found = Found(f"no readable data set in the folder ({error})")
+        raise DataError(file=source, found=found, expected="what `save_to_disk` of `datasets` wrote") from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if split not in loaded:

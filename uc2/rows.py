@@ -20,7 +20,7 @@ import datasets
 
 from uc2.atomic_files import atomic_file
 from uc2.data_error import DataError, Found, shorten
-from uc2.row_files import SUFFIXES, numbered_rows, reader_of
+from uc2.row_files import SUFFIXES, hub_rows, numbered_rows, reader_of
 
 __all__ = [
     "LANGUAGES",
@@ -39,6 +39,9 @@ LANGUAGES = ("en", "de", "fr", "cs", "ja", "zh")
 
 # Pharaoh format: links "i-j" separated by single spaces; no link at all is the empty string.
 _ALIGNMENT = re.compile(r"(\d+-\d+( \d+-\d+)*)?", re.ASCII)
+
+# JSON can spell it, but UTF-8 cannot hold it.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 # --- checks of single rows: each returns the row with exactly the documented fields ---
@@ -67,6 +70,8 @@ class _RowCheck:
     def nonempty(self, field: str, value: Any) -> str:
         if not isinstance(value, str) or not value.strip():
             raise self.fail(field, value, "a non-empty string")
+        if _SURROGATE.search(value):
+            raise self.fail(field, value, "text (half a surrogate pair is none)")
         return value
 
     def language(self, field: str, code: Any, languages: Sequence[str] | None) -> str:
@@ -120,8 +125,10 @@ def _check_caption(check: _RowCheck, languages: Sequence[str] | None) -> dict:
 
 def _check_question(check: _RowCheck, languages: Sequence[str] | None) -> dict:
     question_id = check.require("question_id")
-    if isinstance(question_id, bool) or not isinstance(question_id, (str, int)) or question_id == "":
+    if isinstance(question_id, bool) or not isinstance(question_id, (str, int)):
         raise check.fail("question_id", question_id, "a non-empty string or a whole number")
+    if isinstance(question_id, str):
+        check.nonempty("question_id", question_id)
     answers = check.values.get("answers")
     if answers is not None and (not isinstance(answers, list) or not answers):
         raise check.fail("answers", answers, "a list of answers (leave the field out in a test split)")
@@ -322,7 +329,7 @@ def _version(source: str, split: str) -> tuple:
     """Size and modification time of every file of a local source; the fingerprint of a Hub data set."""
     path = Path(source)
     if not path.exists():
-        return (datasets.load_dataset(source, split=split)._fingerprint,)
+        return (hub_rows(source, split)._fingerprint,)
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     return tuple((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 

@@ -6,6 +6,7 @@ where that event writes tensors, the file is left half-written.
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -85,6 +86,7 @@ class ForkedScript:
             stream = os.open(self.log(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for descriptor in (1, 2, sys.stdout.fileno(), sys.stderr.fileno()):  # pytest has put in its own
                 os.dup2(stream, descriptor)
+            logging.getLogger().handlers.clear()  # pytest's, too
             torch.set_num_threads(1)
             datasets.config.HF_DATASETS_CACHE = f"{output}.cache"
             if before is not None:
@@ -161,6 +163,6 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     assert files(folder) == files(expected)
     for name in sorted(files(expected)):
         if name.startswith(COMPARED):
-            found, wanted = (run / name for run in (folder, expected))
+            found, wanted = ((run / name).read_bytes() for run in (folder, expected))
             # The card names the folder.
-            assert found.read_bytes().replace(folder.name.encode(), expected.name.encode()) == wanted.read_bytes(), name
+            assert found.replace(folder.name.encode(), expected.name.encode()) == wanted, name

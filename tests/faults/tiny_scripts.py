@@ -71,9 +71,9 @@ def retrieval(corpus, folder: Path) -> ForkedScript:
         "train_files": file,
         "eval_files": f"toy={file}",
         "hard_negatives": True,
-        "hard_negative_steps": 2,
+        "hard_negative_steps": 4,  # used from four updates later on
         "hard_negative_pool": 12,
-        "max_steps": 6,
+        "max_steps": 10,
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 8,
     }
