@@ -89,8 +89,9 @@ def test_negatives_never_match_in_any_language_and_are_even():
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
-def test_captions_that_read_alike_are_no_negatives():
-    rows = caption_rows(3, ("en",), 1) + [{"image_id": "i1", "language": "en", "caption": "en 0 0"}]
+@pytest.mark.parametrize("twin", ["en 0 0", "En 0  0.", " EN 0 0 !"])
+def test_captions_that_read_alike_are_no_negatives(twin):
+    rows = caption_rows(3, ("en",), 1) + [{"image_id": "i1", "language": "en", "caption": twin}]
     dataset = make_dataset(rows)
     # Row 0 is "en 0 0" of image 0; image 1 has the same words, so only image 2 is wrong for it.
     assert [dataset.is_wrong_image(0, image) for image in range(3)] == [False, False, True]

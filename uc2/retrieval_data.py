@@ -62,7 +62,7 @@ class RetrievalDataset:
         self.num_negative_images, self.num_negative_captions = num_negative_images, num_negative_captions
         self.seed, self.max_length = seed, max_length
         self.image_ids, self.image_of_row = _numbered(captions["image_id"])
-        _, self.text_of_row = _numbered(captions["caption"])
+        _, self.text_of_row = _numbered(map(_as_read, captions["caption"]))
         self.languages, self.language_of_row = _numbered(captions["language"])
         self.rows_of_language = [
             np.flatnonzero(self.language_of_row == number) for number in range(len(self.languages))
@@ -185,6 +185,11 @@ def _draw(
         missing = count - len(chosen)
         chosen += rng.choice(others, missing, replace=len(others) < missing).tolist()
     return np.array(chosen, np.int64)
+
+
+def _as_read(caption: str) -> str:
+    """Captions that differ in case, spaces or their final stop alone read alike."""
+    return " ".join(caption.casefold().split()).rstrip(" .!。")
 
 
 def _numbered(values: Iterable[str]) -> tuple[list[str], np.ndarray]:
