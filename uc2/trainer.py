@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 
 from modeling_uc2.configuration_uc2 import OBJECTIVES, TEXT_OBJECTIVES
 
-from .checkpoints import ResumableTrainer
 from .distributed import is_zero3, keep_sums_exact, whole_model
 from .non_finite import check_finite
+from .portable_checkpoints import PortableTrainer
 from .sampling import EpochBatchSampler, check_plan, save_plan, train_loader
 
 IGNORED = -100
@@ -37,7 +37,7 @@ def count_items(batch: dict) -> torch.LongTensor:
     return counts
 
 
-class UC2Trainer(ResumableTrainer):
+class UC2Trainer(PortableTrainer):
     """Pre-trains `UC2ForPreTraining` on mixed batches of a `PretrainingDataset`.
 
     Each objective's loss is the mean over its own targets of the whole update: all micro-batches, all processes.
