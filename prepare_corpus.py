@@ -27,7 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see COMMAND --help")
     args = parser.parse_args(argv)
     # Imported only now: no command should need what another one does (a detector, LMDB, Fast Align).
-    importlib.import_module(COMMANDS[args.command][0]).main(args.arguments)
+    from uc2.script_errors import told_in_one_sentence
+
+    with told_in_one_sentence():
+        importlib.import_module(COMMANDS[args.command][0]).main(args.arguments)
 
 
 if __name__ == "__main__":

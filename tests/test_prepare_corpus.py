@@ -44,3 +44,19 @@ def test_unknown_command_names_the_choices(capsys):
 def test_nothing_heavy_is_imported_before_a_command_is_chosen():
     code = "import sys, prepare_corpus; assert not {'torch', 'transformers', 'uc2'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["import", "--input", "none.tsv", "--output", "o"], "error: none.tsv: found no such file"),
+        (["regions", "--images", ".", "--output", "o"], "error: Give either --detector or --backbone."),
+        (["translate", "--output", "o"], "error: give either --input (captions) or --labels (object labels)"),
+        (["align", "--input", "x", "--output", "o", "--tokenizer", "t", "--num_processes", "0"], "error: --num_processes is"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_sentence(arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        prepare_corpus.main(arguments)
+    assert exit_.value.code.startswith(sentence) and "\n" not in exit_.value.code

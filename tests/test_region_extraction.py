@@ -22,7 +22,7 @@ from modeling_uc2.configuration_uc2_detector import UC2RegionDetectorConfig
 from modeling_uc2.modeling_uc2_detector import UC2RegionDetector
 from processing_uc2.image_processing_uc2_detector import UC2DetectorImageProcessor
 from uc2 import region_extraction
-from uc2.data_error import DataError
+from uc2.data_error import DataError, OptionError
 from uc2.region_extraction import main, regions_from_images
 from uc2.region_extractors import GridFeatures
 from uc2.region_store import RegionStore
@@ -333,7 +333,7 @@ def test_other_settings_do_not_continue_a_store(undisturbed, folder, backbone, t
     with pytest.raises(ValueError, match="grid was 2 and is now 3"):
         main([*arguments(folder, undisturbed, backbone), "--grid", "3"])
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="choose another place"):
+    with pytest.raises(OptionError, match="choose another place"):
         main(arguments(folder, tmp_path, backbone))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from uc2 import region_import
-from uc2.data_error import DataError
+from uc2.data_error import DataError, OptionError
 from uc2.object_labels import load_object_labels
 from uc2.region_import import FORMATS, import_regions, main
 from uc2.region_records import RecordOptions
@@ -501,7 +501,7 @@ def test_another_input_does_not_continue_an_import(twelve, tmp_path):
     with pytest.raises(ValueError, match="begun with other settings: inputs"):
         main([*twelve, str(tmp_path / "store")])
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(FileExistsError, match="taken"):
+    with pytest.raises(OptionError, match="taken"):
         main([*twelve, str(tmp_path / "taken")])
 
 

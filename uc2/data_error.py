@@ -1,4 +1,8 @@
-"""The error for bad input data."""
+"""The errors for bad input data and for options that cannot be."""
+
+
+class OptionError(ValueError):
+    """An option that cannot be, or that does not go with the others or with what an earlier run left; one sentence."""
 
 
 class DataError(ValueError):

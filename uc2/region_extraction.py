@@ -27,7 +27,7 @@ from tqdm import tqdm
 from processing_uc2.image_processing_uc2_detector import UC2DetectorImageProcessor
 from uc2.arguments import parse
 from uc2.atomic_files import sole_writer
-from uc2.data_error import DataError
+from uc2.data_error import DataError, OptionError
 from uc2.image_sources import ImageItem, ImageUnit, open_images
 from uc2.region_extractors import GridFeatures, load_detector, regions_from_images
 from uc2.region_rows import RegionRow, tidy_region_row
@@ -95,12 +95,12 @@ class RegionExtractionArguments:
 
     def __post_init__(self):
         if (self.detector is None) == (self.backbone is None):
-            raise ValueError("Give either --detector or --backbone.")
+            raise OptionError("Give either --detector or --backbone.")
         for name in ("grid", "batch_size", "images_per_shard", "num_processes", "num_workers", "min_regions"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+                raise OptionError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
         if self.min_regions > self.max_regions:
-            raise ValueError(f"--min_regions {self.min_regions} exceeds --max_regions {self.max_regions}.")
+            raise OptionError(f"--min_regions {self.min_regions} exceeds --max_regions {self.max_regions}.")
 
     def plan(self, units: Sequence[ImageUnit]) -> dict:
         """What the content of the store depends on."""

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from modeling_uc2.modeling_uc2_detector import UC2RegionDetector
 from processing_uc2.image_processing_uc2_detector import UC2DetectorImageProcessor
+from uc2.data_error import OptionError
 from uc2.region_rows import RegionRow
 
 
@@ -90,7 +91,7 @@ class GridFeatures:
         )
         if min(cells.shape[-2:]) < self.grid:
             height, width = cells.shape[-2:]
-            raise ValueError(
+            raise OptionError(
                 f"--grid {self.grid} is finer than this backbone's {height} x {width} feature map."
             )
         pooled = F.adaptive_avg_pool2d(cells, self.grid)  # (B, F, g, g)

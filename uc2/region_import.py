@@ -1,8 +1,8 @@
 """Others' region features into a region store, and back.
 
-    python -m uc2.region_import --format tsv --input train2014_obj36.tsv --output regions/
-    python -m uc2.region_import --format uniter_lmdb --input feat_th0.2_max100_min10 --output regions/
-    python -m uc2.region_import --export --input regions/ --output regions.tsv
+    python prepare_corpus.py import --format tsv --input train2014_obj36.tsv --output regions
+    python prepare_corpus.py import --format uniter_lmdb --input feat_th0.2_max100_min10 --output regions
+    python prepare_corpus.py import --export --input regions --output regions.tsv
 
 Formats: `tsv` (bottom-up attention, LXMERT, VOLTA), `uniter_lmdb` (UNITER, UC2), `volta_lmdb` and
 `volta_h5` (VOLTA, IGLUE), `npz` (one `.npz` or `.npy` per image). Killed and started again, it goes on with
@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -25,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from uc2.atomic_files import sole_writer
-from uc2.data_error import DataError, Found
+from uc2.data_error import DataError, Found, OptionError
 from uc2.file_versions import file_versions
 from uc2.region_import_files import image_files, read_image_files, read_volta_h5
 from uc2.region_import_lmdb import count_entries, read_uniter_lmdb, read_volta_lmdb
@@ -33,6 +32,7 @@ from uc2.region_import_tsv import read_tsv, write_tsv
 from uc2.region_records import LazyRecord, RecordOptions, row_from_record
 from uc2.region_rows import RegionRow
 from uc2.region_store import RegionStore
+from uc2.region_writer import read_manifest
 from uc2.resumable_store import ResumableStore, ShardKey
 
 
@@ -78,15 +78,15 @@ def import_regions(
 
     Raises:
         DataError: at the first record that is malformed; nothing is left then.
-        ValueError: `output`, finished or not, comes from other settings or input.
-        FileExistsError: `output` exists and is something else.
+        OptionError: `output`, finished or not, comes from other settings or input.
+        OptionError: `output` exists and is something else.
         BlockingIOError: another process is writing `output`.
     """
     if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
+        raise OptionError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
     chosen, inputs = FORMATS[format], [str(path) for path in inputs]
     if set(format_options) - {chosen.option}:
-        raise ValueError(
+        raise OptionError(
             f"the format {format} does not take {', '.join(set(format_options) - {chosen.option})}"
         )
     for path in inputs:
@@ -95,7 +95,7 @@ def import_regions(
                 file=path, found=Found("no such file"), expected=f"regions in the format {format}"
             )
     if rows_per_shard < 1:
-        raise ValueError(f"rows_per_shard is {rows_per_shard}; expected at least 1")
+        raise OptionError(f"rows_per_shard is {rows_per_shard}; expected at least 1")
     options = options or RecordOptions()
     settings = {name: str(value) for name, value in (asdict(options) | format_options).items()}
     settings["image_sizes"] = hashlib.sha256(settings["image_sizes"].encode()).hexdigest()[:16]  # may be millions
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> Path:
     own = {
         name: getattr(arguments, name) for name in ("columns", "region_counts") if getattr(arguments, name)
     }
-    return import_regions(
+    output = import_regions(
         arguments.format,
         arguments.input,
         arguments.output,
@@ -201,10 +201,9 @@ def main(argv: list[str] | None = None) -> Path:
         rows_per_shard=arguments.rows_per_shard,
         **own,
     )
+    print(f"{output}: regions of {read_manifest(output)['rows']} images")
+    return output
 
 
 if __name__ == "__main__":
-    try:
-        print(main())
-    except (DataError, OSError, ImportError, ValueError) as error:
-        sys.exit(str(error))
+    main()

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from uc2.arrow_files import arrow_batches
 from uc2.atomic_files import atomic_file
-from uc2.data_error import DataError, Found
+from uc2.data_error import DataError, Found, OptionError
 from uc2.region_rows import RegionRow
 from uc2.region_store import RegionStore
 from uc2.region_writer import MANIFEST, read_manifest, write_region_store
@@ -63,7 +63,7 @@ class ResumableStore:
             continued.
 
     Raises:
-        ValueError: there is an unfinished or finished store of another plan.
+        OptionError: there is an unfinished or finished store of another plan.
     """
 
     def __init__(self, path: str | os.PathLike, plan: dict):
@@ -75,7 +75,7 @@ class ResumableStore:
         for directory in begun:
             self._check_plan(directory)
         if not begun and self.path.exists():
-            raise FileExistsError(f"{self.path} exists, and not as a store made here; choose another place.")
+            raise OptionError(f"{self.path} exists, and not as a store made here; choose another place.")
         if not begun:
             self.progress.mkdir(parents=True, exist_ok=True)
             _write_json(self.partial / PLAN, plan)
@@ -91,7 +91,7 @@ class ResumableStore:
         )
         if changed:
             key = changed[0]
-            raise ValueError(
+            raise OptionError(
                 f"{directory} was begun with other settings: {key} was {found.get(key)!r} and is now "
                 f"{self.plan.get(key)!r}. Take the same settings, or another output, or remove it."
             )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
-from uc2.data_error import DataError
+from uc2.data_error import DataError, OptionError
 from uc2.hub import HubError
 from uc2.non_finite import NonFiniteLoss
 
@@ -29,7 +29,7 @@ def told_in_one_sentence() -> Iterator[None]:
 
 
 def _sentence(error: BaseException) -> str | None:
-    if isinstance(error, (DataError, HubError, NonFiniteLoss, BlockingIOError)):
+    if isinstance(error, (DataError, OptionError, HubError, NonFiniteLoss, BlockingIOError)):
         return str(error)
     if _is_full(error):
         return f"the disk is full ({_first_line(error)}); make room and start again: a run goes on where it was"

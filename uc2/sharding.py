@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from uc2.data_error import OptionError
+
 # Command -> module, option for the input, and the ending of an output ("" is a directory).
 SHARDED_COMMANDS = {
     "translate": ("uc2.translation", "--input", ".jsonl"),
@@ -29,20 +31,20 @@ def shard_tasks(command: str, shards: Iterable[str], output_dir: str, arguments:
     """One {"module", "argv", "output"} per shard.
 
     Raises:
-        ValueError: the command is unknown, there is no shard, or two shards would write the same output.
+        OptionError: the command is unknown, there is no shard, or two shards would write the same output.
     """
     if command not in SHARDED_COMMANDS:
-        raise ValueError(f"unknown command {command!r}; choose one of {', '.join(SHARDED_COMMANDS)}")
+        raise OptionError(f"unknown command {command!r}; choose one of {', '.join(SHARDED_COMMANDS)}")
     module, option, ending = SHARDED_COMMANDS[command]
     tasks: dict[str, dict] = {}
     for shard in shards:
         output = str(Path(output_dir) / f"{_shard_name(shard)}{ending}")
         if output in tasks:
-            raise ValueError(f"two shards are named {_shard_name(shard)!r}, which would write {output} twice")
+            raise OptionError(f"two shards are named {_shard_name(shard)!r}, which would write {output} twice")
         argv = [option, shard, "--output", output, *arguments]
         tasks[output] = {"module": module, "argv": shlex.join(argv), "output": output}
     if not tasks:
-        raise ValueError("no shards")
+        raise OptionError("no shards")
     return list(tasks.values())
 
 

@@ -24,6 +24,7 @@ import torch
 
 from uc2.arguments import parse
 from uc2.atomic_files import atomic_file, remove_leftovers, sole_writer
+from uc2.data_error import OptionError
 from uc2.file_versions import file_versions
 from uc2.object_labels import load_object_labels
 from uc2.rows import write_jsonl
@@ -111,24 +112,24 @@ class TranslationArguments:
 
     def __post_init__(self):
         if bool(self.input) == (self.labels is not None):
-            raise ValueError("give either --input (captions) or --labels (object labels)")
+            raise OptionError("give either --input (captions) or --labels (object labels)")
         if not {"image_id", "caption"} <= set(self.tsv_columns):
-            raise ValueError(f"--tsv_columns {self.tsv_columns} must name image_id and caption")
+            raise OptionError(f"--tsv_columns {self.tsv_columns} must name image_id and caption")
         for option in ("num_beams", "batch_tokens", "max_source_tokens", "unit_size", "num_processes"):
             if getattr(self, option) < 1:
-                raise ValueError(f"--{option} is {getattr(self, option)}; expected at least 1")
+                raise OptionError(f"--{option} is {getattr(self, option)}; expected at least 1")
         if self.length_ratio <= 1:
-            raise ValueError(f"--length_ratio is {self.length_ratio}; expected more than 1")
+            raise OptionError(f"--length_ratio is {self.length_ratio}; expected more than 1")
         for pair in self.existing:
             if "=" not in pair:
-                raise ValueError(f"--existing {pair}: expected LANGUAGE=FILE, such as de=captions_de.txt")
+                raise OptionError(f"--existing {pair}: expected LANGUAGE=FILE, such as de=captions_de.txt")
         for option in ("models", "language_codes"):
             if not isinstance(json.loads(getattr(self, option)), dict):
-                raise ValueError(f"--{option} {getattr(self, option)}: expected a JSON object by language")
+                raise OptionError(f"--{option} {getattr(self, option)}: expected a JSON object by language")
         joined = {pair.split("=", 1)[0] for pair in self.existing}
         for language in self.languages:
             if self.model_name(language) is None and language not in joined:
-                raise ValueError(
+                raise OptionError(
                     f"nothing gives '{language}': no --model, --models or --existing {language}=FILE"
                 )
 
@@ -312,7 +313,7 @@ def _check_settings(args: TranslationArguments) -> bool:
     """Whether the output is there already.
 
     Raises:
-        ValueError: the work directory or the output comes from other options or other input files.
+        OptionError: the work directory or the output comes from other options or other input files.
     """
     settings = args.settings()
     report, record = _beside(Path(args.output), "report.json"), _work_dir(args) / "settings.json"
@@ -322,13 +323,13 @@ def _check_settings(args: TranslationArguments) -> bool:
         changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
         if changed:
             names = ", ".join(sorted(changed))
-            raise ValueError(f"{path} is of a run with other options ({names}); remove it or write elsewhere")
+            raise OptionError(f"{path} is of a run with other options ({names}); remove it or write elsewhere")
     return finished
 
 
 def _settings_of(path: Path) -> dict:
     if not path.exists():
-        raise ValueError(f"the output exists, but not {path}, which says how it was made; write elsewhere")
+        raise OptionError(f"the output exists, but not {path}, which says how it was made; write elsewhere")
     found = json.loads(path.read_text(encoding="utf-8"))
     return found.get("settings", found)
 

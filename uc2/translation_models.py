@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
+from uc2.data_error import OptionError
+
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 # ISO 639-1 code -> NLLB code, mBART-50 code. Codes of other languages are passed as the model knows them.
@@ -107,7 +109,7 @@ class Translator:
         max_source_tokens: longer source texts are cut.
 
     Raises:
-        ValueError: the model does not know a language, or `dtype` is unknown.
+        OptionError: the model does not know a language, or `dtype` is unknown.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class Translator:
         if not _FAMILIES[family].required and not several:
             return None
         wanted, known = template.format(codes.get(language, language)), several[:20] or list(codes)
-        raise ValueError(
+        raise OptionError(
             f"{name} ({family}) has no token {wanted!r} for the language {language!r}; map it with "
             f"language_codes. Known: {', '.join(known)}"
         )
@@ -198,9 +200,9 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int
 
 def _load_model(name: str, dtype: str, device: str):
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise OptionError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if not AutoConfig.from_pretrained(name).is_encoder_decoder:
-        raise ValueError(f"{name} is not a sequence-to-sequence model")
+        raise OptionError(f"{name} is not a sequence-to-sequence model")
     if dtype != "int8":
         return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
     if device.startswith("cuda"):

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from uc2.atomic_files import atomic_file, remove_leftovers, sole_writer
-from uc2.data_error import DataError
+from uc2.data_error import DataError, OptionError
 from uc2.file_versions import file_versions
 from uc2.rows import load_parallel_captions, write_jsonl
 
@@ -272,7 +272,7 @@ class AlignmentWork:
         """Makes the work directory, or checks that the one there belongs to this run.
 
         Raises:
-            ValueError: it comes from other options or other input files.
+            OptionError: it comes from other options or other input files.
         """
         record = self.directory / "settings.json"
         settings = {k: v for k, v in vars(self.args).items() if k not in ("output", "num_processes")}
@@ -282,7 +282,7 @@ class AlignmentWork:
             with atomic_file(record) as temporary:
                 temporary.write_text(json.dumps(settings))
         elif json.loads(record.read_text()) != settings:
-            raise ValueError(f"{self.directory} is of a run with other options or input; remove it")
+            raise OptionError(f"{self.directory} is of a run with other options or input; remove it")
 
     def links_file(self, language: str) -> Path:
         return self.directory / f"{language}.jsonl"
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     if args.num_processes < 1:
-        raise ValueError(f"--num_processes is {args.num_processes}; expected at least 1")
+        raise OptionError(f"--num_processes is {args.num_processes}; expected at least 1")
     rows = load_parallel_captions(args.input)
     languages = _languages_beside(args.pivot, rows)
     with sole_writer(args.output):
