@@ -293,9 +293,11 @@ def main(argv: list[str] | None = None) -> None:
         cases, corpus = demo_cases(options.demo, options.num_texts, options.num_images)
     else:
         cases, corpus = base_cases(options.texts, options.trained_tokens, options.num_texts, options.num_images)
-    print("| model | variant | parameters | MB | examples/s | agreement with PyTorch fp32 |")
-    print("|---|---|---:|---:|---:|---|")
-    for name in (name for name in cases if name in options.parts):
+    inferred = [name for name in cases if name in options.parts]
+    if inferred:
+        print("| model | variant | parameters | MB | examples/s | agreement with PyTorch fp32 |")
+        print("|---|---|---:|---:|---:|---|")
+    for name in inferred:
         with tempfile.TemporaryDirectory() as folder:
             for row in inference_rows(cases[name](), corpus, options.rounds, Path(folder)):
                 print(row, flush=True)
