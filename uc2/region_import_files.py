@@ -11,7 +11,7 @@ import numpy as np
 
 from uc2.data_error import DataError, Found
 from uc2.region_records import NAMES, LazyRecord, Record
-from uc2.safe_decoding import DecodingError, loads_npz
+from uc2.safe_decoding import DecodingError, loads_npy, loads_npz
 
 _KNOWN = {name for names in NAMES.values() for name in names}
 # Beside features in `<id>.npy`, the other arrays of the image: `<id>_boxes.npy`, `<id>_class_ids.npy`, …
@@ -84,8 +84,8 @@ def _file_record(file: Path, number: int) -> Record:
         else:
             sides = {name: file.with_name(f"{file.stem}_{name}.npy") for name in _SIDE_FIELDS}
             arrays = {"features": file, **{name: side for name, side in sides.items() if side.is_file()}}
-            values = {name: np.load(place, allow_pickle=False) for name, place in arrays.items()}
-    except (DecodingError, ValueError, OSError, EOFError) as error:
+            values = {name: loads_npy(place.read_bytes()) for name, place in arrays.items()}
+    except (DecodingError, OSError) as error:
         raise DataError(file=file, found=Found(str(error)), expected="arrays of numbers") from error
     return Record(file.stem, {name: _plain(value) for name, value in values.items()}, str(file), number)
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from uc2.atomic_files import atomic_directory
 from uc2.data_error import DataError, Found
+from uc2.region_codecs import Codec, Float16, describe_codec
 from uc2.region_rows import RegionRow, tidy_region_row
 
 _ROWS_PER_BATCH = 128  # rows held in memory while writing: 50 MB at 100 regions of 2,048 float16 numbers
@@ -36,6 +37,7 @@ def write_region_store(
     overwrite: bool = False,
     source: str | os.PathLike | None = None,
     made_from: list | None = None,
+    codecs: Mapping[str, Codec] | None = None,
 ) -> Path:
     """Write `rows` as a region store, streaming; the whole store appears at the end, or nothing does.
 
@@ -49,6 +51,7 @@ def write_region_store(
         overwrite: replace an existing store (at the end, by renaming).
         source: the file that errors name, if the rows come from one.
         made_from: recorded in `store.json`: the files of a conversion, by which a stale store is recognised.
+        codecs: of `features` and `class_probs`, where they are not kept in float16.
 
     Raises:
         DataError: at the first row that breaks the format.
@@ -57,7 +60,7 @@ def write_region_store(
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard}; expected at least 1")
     with atomic_directory(path, overwrite=overwrite) as directory:
-        writer = _StoreWriter(directory, rows_per_shard, source or path)
+        writer = _StoreWriter(directory, rows_per_shard, source or path, codecs or {})
         writer.write(rows)
         writer.finish(made_from)
     return Path(path)
@@ -66,8 +69,9 @@ def write_region_store(
 class _StoreWriter:
     """Collects checked rows into record batches and shards inside `directory`."""
 
-    def __init__(self, directory: Path, rows_per_shard: int, source):
+    def __init__(self, directory: Path, rows_per_shard: int, source, codecs: Mapping[str, Codec]):
         self.directory, self.rows_per_shard, self.source = directory, rows_per_shard, source
+        self.codecs = codecs
         self.places: dict[str, int] = {}  # image id -> row number
         self.shards: list[dict] = []
         self.widths: tuple[int, int | None] | None = None  # F, K of every row
@@ -92,11 +96,11 @@ class _StoreWriter:
                 if number is None:
                     break
                 if len(pending) == _ROWS_PER_BATCH:
-                    writer.write_batch(_record_batch(pending, schema))
+                    writer.write_batch(_record_batch(pending, schema, self.codecs))
                     pending.clear()
                 pending.append(self._checked(row, number))
                 count += 1
-            writer.write_batch(_record_batch(pending, schema))
+            writer.write_batch(_record_batch(pending, schema, self.codecs))
         self.shards.append({"file": name, "rows": count, "bytes": (self.directory / name).stat().st_size})
 
     def _checked(self, row: RegionRow, number: int) -> RegionRow:
@@ -129,16 +133,23 @@ class _StoreWriter:
             "num_classes": self.widths[1],
             "shards": self.shards,
         }
+        if self.codecs:
+            manifest["encodings"] = {field: describe_codec(codec) for field, codec in self.codecs.items()}
         if made_from is not None:
             manifest["made_from"] = made_from
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _record_batch(rows: Sequence[RegionRow], schema: pa.Schema) -> pa.RecordBatch:
+def _record_batch(rows: Sequence[RegionRow], schema: pa.Schema, codecs: Mapping[str, Codec]) -> pa.RecordBatch:
     offsets = pa.array(np.cumsum([0] + [len(row.boxes) for row in rows]), pa.int32())
 
     def lists(arrays: Sequence[np.ndarray], element: pa.DataType) -> pa.Array:
         return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), element))
+
+    def cells(field: str) -> list[bytes]:
+        matrices = [getattr(row, field) for row in rows]
+        codec = codecs.get(field) or Float16(matrices[0].shape[1])
+        return [codec.encode(matrix).tobytes() for matrix in matrices]
 
     corners = pa.array(np.concatenate([row.boxes.reshape(-1) for row in rows]), pa.float32())
     columns = {
@@ -146,31 +157,40 @@ def _record_batch(rows: Sequence[RegionRow], schema: pa.Schema) -> pa.RecordBatc
         "image_height": [int(row.image_height) for row in rows],
         "image_width": [int(row.image_width) for row in rows],
         "boxes": pa.ListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(corners, 4)),
-        "features": [_little_endian(row.features) for row in rows],
+        "features": cells("features"),
         "class_ids": lists([row.class_ids for row in rows], pa.int32()),
         "class_scores": lists([row.class_scores for row in rows], pa.float32()),
     }
     if "class_probs" in schema.names:
-        columns["class_probs"] = [_little_endian(row.class_probs) for row in rows]
+        columns["class_probs"] = cells("class_probs")
     return pa.RecordBatch.from_pydict(columns, schema=schema)
-
-
-def _little_endian(values: np.ndarray) -> bytes:
-    return np.ascontiguousarray(values, "<f2").tobytes()
 
 
 def read_manifest(directory: Path) -> dict:
     file = directory / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        complete = (
-            manifest["format"] == "uc2-region-store"
-            and {"feature_size", "num_classes", "shards"} <= manifest.keys()
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             file=file, found=Found(f"{error!r}"), expected="the description of a region store"
         ) from error
-    if not complete:
+    if not isinstance(manifest, dict) or manifest.get("format") != "uc2-region-store":
         raise DataError(file=file, found=manifest, expected="the description of a region store")
+    _check_numbers(file, manifest, "", ("rows", "feature_size"))
+    if manifest.get("num_classes") is not None:
+        _check_numbers(file, manifest, "", ("num_classes",))
+    shards = manifest.get("shards")
+    if not isinstance(shards, list) or not shards or not all(isinstance(shard, dict) for shard in shards):
+        raise DataError(file=file, field="shards", found=shards, expected="a list of shards")
+    for number, shard in enumerate(shards):
+        _check_numbers(file, shard, f"shards[{number}].", ("rows", "bytes"))
+        if not isinstance(shard.get("file"), str) or "\0" in shard["file"]:
+            raise DataError(file=file, field=f"shards[{number}].file", found=shard.get("file"), expected="a name")
     return manifest
+
+
+def _check_numbers(file: Path, values: dict, place: str, names: Sequence[str]) -> None:
+    for name in names:
+        value = values.get(name)
+        if not isinstance(value, int) or not 0 < value < 2**63:
+            raise DataError(file=file, field=place + name, found=value, expected="a positive whole number")

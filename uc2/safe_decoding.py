@@ -7,7 +7,9 @@ read with decoders that admit containers, strings, numbers and arrays of numbers
 import io
 import pickle
 import re
+import tokenize
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,10 @@ _NUMBER_TYPE = re.compile(r"[<>=|]?(f[248]|[iu][1248]|b1)")
 
 class DecodingError(ValueError):
     """The bytes are malformed, or hold something that is not plain data."""
+
+
+# What a malformed .npy file can make numpy raise: it parses the header as Python's literals.
+NPY_ERRORS = (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError, TypeError, MemoryError, RecursionError)
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
@@ -62,16 +68,20 @@ def loads_npz(content: bytes) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             arrays = {name.removesuffix(".npy"): _load_npy(archive.read(name)) for name in archive.namelist()}
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        ValueError,
-        OSError,
-        EOFError,
-        NotImplementedError,
-    ) as error:
+    except (*NPY_ERRORS, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, zlib.error) as error:
         raise DecodingError(f"a malformed .npz ({error})") from error
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def loads_npy(content: bytes) -> np.ndarray:
+    """The array of an `.npy` file; one of objects is refused, as reading it would unpickle it."""
+    try:
+        array = _load_npy(content)
+    except NPY_ERRORS as error:
+        raise DecodingError(f"a malformed .npy ({error})") from error
+    if array is None:
+        raise DecodingError("an array of objects; only numbers are read")
+    return array
 
 
 def _load_npy(content: bytes) -> np.ndarray | None:
