@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from uc2.arrow_files import arrow_batches
 from uc2.data_error import DataError, Found
+from uc2.region_codecs import Codec, codec_of
 from uc2.region_rows import RegionRow, check_region_row
 from uc2.region_tables import as_stores
 from uc2.region_writer import CLASS_PROBS, MANIFEST, SCHEMA, read_manifest, write_region_store
@@ -31,11 +32,11 @@ class _Batch:
     """One record batch as plain numpy views, so that reading a row is a handful of slices."""
 
     def __init__(
-        self, batch: pa.RecordBatch, file: Path, first_row: int, feature_size: int, num_classes: int | None
+        self, batch: pa.RecordBatch, file: Path, first_row: int, features: Codec, class_probs: Codec | None
     ):
         self.file, self.first_row = file, first_row
-        self.feature_size, self.num_classes = feature_size, num_classes
-        schema = SCHEMA if num_classes is None else SCHEMA.append(CLASS_PROBS)
+        self.feature_codec, self.class_codec = features, class_probs
+        schema = SCHEMA if class_probs is None else SCHEMA.append(CLASS_PROBS)
         if not batch.schema.equals(schema):
             found = Found(
                 f"the columns {', '.join(f'{field.name} ({field.type})' for field in batch.schema)}"
@@ -54,10 +55,8 @@ class _Batch:
         self._check_increasing(self.offsets, len(self.boxes), "boxes")
         self.class_ids = self._region_values(batch, "class_ids")
         self.class_scores = self._region_values(batch, "class_scores")
-        self.features = self._half_matrix(batch, "features", feature_size)
-        self.class_probs = (
-            None if num_classes is None else self._half_matrix(batch, "class_probs", num_classes)
-        )
+        self.features = self._matrix(batch, "features", features)
+        self.class_probs = None if class_probs is None else self._matrix(batch, "class_probs", class_probs)
         if (self.counts < 1).any() or (self.heights < 1).any() or (self.widths < 1).any():
             raise DataError(
                 file=file, found=Found("images without boxes or size"), expected="boxes in every image"
@@ -72,19 +71,20 @@ class _Batch:
         self._check_offsets(column.offsets.to_numpy(), self.offsets, name)
         return column.values.to_numpy()
 
-    def _half_matrix(self, batch: pa.RecordBatch, name: str, width: int) -> np.ndarray:
-        """All cells of a binary column: (regions of the batch, width) float16, a view of the file."""
+    def _matrix(self, batch: pa.RecordBatch, name: str, codec: Codec) -> np.ndarray:
+        """All cells of a binary column: (regions of the batch, codec.columns), a view of the file."""
         _, offsets, data = batch.column(name).buffers()
         offsets = np.frombuffer(offsets, np.int64, len(self.offsets))
-        self._check_offsets(offsets, self.offsets.astype(np.int64) * (2 * width), name)
+        size = np.dtype(codec.dtype).itemsize
+        self._check_offsets(offsets, self.offsets.astype(np.int64) * (size * codec.columns), name)
         if data.size < offsets[-1]:
             raise DataError(
                 file=self.file, field=name, found=Found("a truncated column"), expected="a whole file"
             )
-        return np.frombuffer(data, "<f2", int(offsets[-1]) // 2).reshape(-1, width)
+        return np.frombuffer(data, codec.dtype, int(offsets[-1]) // size).reshape(-1, codec.columns)
 
     def _check_offsets(self, found: np.ndarray, expected: np.ndarray, name: str) -> None:
-        """Every cell must hold what `boxes` says: as many numbers, or 2 * width bytes, per region."""
+        """Every cell must hold what `boxes` says: as many numbers, or bytes of the codec, per region."""
         different = np.flatnonzero(found != expected)
         if different.size:
             row = max(int(different[0]) - 1, 0)
@@ -111,10 +111,10 @@ class _Batch:
             image_height=int(self.heights[position]),
             image_width=int(self.widths[position]),
             boxes=self.boxes[regions],
-            features=self.features[regions],
+            features=self.feature_codec.decode(self.features[regions]),
             class_ids=self.class_ids[regions].astype(np.int64),
             class_scores=self.class_scores[regions],
-            class_probs=None if self.class_probs is None else self.class_probs[regions],
+            class_probs=None if self.class_probs is None else self.class_codec.decode(self.class_probs[regions]),
         )
 
 
@@ -133,8 +133,10 @@ class _Index:
                 raise DataError(
                     file=directory, found=found, expected=f"{self.feature_size} as in {directories[0]}"
                 )
+            features = codec_of(manifest, "features", directory)
+            probs = None if manifest["num_classes"] is None else codec_of(manifest, "class_probs", directory)
             for shard in manifest["shards"]:
-                self._add_shard(directory / shard["file"], shard, manifest)
+                self._add_shard(directory / shard["file"], shard, features, probs)
         self.num_classes = self._shared_classes(
             directories, [manifest["num_classes"] for manifest in manifests]
         )
@@ -148,7 +150,7 @@ class _Index:
             raise DataError(file=directories[0], found=found, expected="equally many in all stores")
         return known.pop() if known and None not in classes else None
 
-    def _add_shard(self, file: Path, shard: dict, manifest: dict) -> None:
+    def _add_shard(self, file: Path, shard: dict, features: Codec, class_probs: Codec | None) -> None:
         size = file.stat().st_size if file.is_file() else None
         if size != shard["bytes"]:
             found = Found("no such file" if size is None else f"{size} bytes")
@@ -158,9 +160,7 @@ class _Index:
         first_row = 1
         try:
             for batch in arrow_batches(file):
-                self._add_batch(
-                    _Batch(batch, file, first_row, manifest["feature_size"], manifest["num_classes"]), batch
-                )
+                self._add_batch(_Batch(batch, file, first_row, features, class_probs), batch)
                 first_row += batch.num_rows
         except DataError:
             raise
