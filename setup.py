@@ -41,6 +41,7 @@ setup(
         "deepspeed": ["deepspeed>=0.16"],
         "importers": ["lmdb>=1.4", "msgpack>=1.0", "h5py>=3.10"],
         "peft": ["peft>=0.15"],
+        "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.27"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -51,6 +52,11 @@ setup(
             "msgpack-numpy>=0.4.8",
             "h5py>=3.10",
             "peft>=0.15",
+            "onnx>=1.23",
+            "onnxscript>=0.7",
+            "onnxruntime>=1.27",
+            "protobuf>=5",
+            "deepspeed>=0.16",
         ],
     },
 )

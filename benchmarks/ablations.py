@@ -18,11 +18,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from uc2.atomic_files import atomic_file
+from uc2.atomic_files import atomic_directory
+from uc2.rows import write_jsonl
 from uc2.visualization import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "de", "fr", "cs", "ja", "zh")
+SPLITS = ("train", "test")
 MIX = {"itm": 9, "mlm": 12, "mrtm": 9, "vtlm": 3}
 
 
@@ -32,7 +34,8 @@ def mix(without: str | None = None, **replaced: str) -> list[str]:
     return ["--objective_mix", json.dumps(rates)]
 
 
-GERMAN_PIVOT = ROOT / "demo/ablations/train.pivot_de.jsonl"
+CORPUS = ROOT / "demo/corpus"
+GERMAN_FIRST = ROOT / "demo/ablations/german_first"
 SETTINGS = {
     "full": [],
     "mlm-itm": ["--objective_mix", json.dumps({"itm": 9, "mlm": 12})],
@@ -44,7 +47,10 @@ SETTINGS = {
     "mrc-for-mrtm": mix(mrtm="mrc"),
     "mrc-kl-for-mrtm": mix(mrtm="mrc_kl"),
     "english-pivot": mix(vtlm="tlm"),
-    "german-first": ["--pivot_language", "de", "--train_file", str(GERMAN_PIVOT)],
+    "german-first": [
+        *("--pivot_language", "de", "--train_file", str(GERMAN_FIRST / "train.jsonl")),
+        *("--eval_file", str(GERMAN_FIRST / "test.jsonl")),
+    ],
     "co-masking-random": ["--co_masking", "random"],
     "co-masking-full": ["--co_masking", "full"],
     "en-only": [*mix(without="vtlm"), "--languages", "en"],
@@ -89,18 +95,21 @@ def run(setting: str, seed: int, steps: int, folder: Path) -> dict[str, float]:
 
 
 def align_to_german() -> None:
-    """The training captions with links that start from the German caption."""
-    if not GERMAN_PIVOT.exists():
-        source = GERMAN_PIVOT.with_name("train.unaligned.jsonl")
-        source.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(source) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-            for line in (ROOT / "demo/corpus/train.jsonl").read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                stream.write(json.dumps({"image_id": row["image_id"], "captions": row["captions"]}) + "\n")
-        flags = ["--input", source, "--output", GERMAN_PIVOT, "--pivot", "de"]
-        command = [sys.executable, ROOT / "prepare_corpus.py", "align", *flags]
-        command += ["--tokenizer", ROOT / "demo/corpus/tokenizer"]
+    """Training and test captions, aligned together, with links that start from the German caption."""
+    if GERMAN_FIRST.exists():
+        return
+    with atomic_directory(GERMAN_FIRST) as folder:
+        lines = {split: (CORPUS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines() for split in SPLITS}
+        rows = [json.loads(line) for split in SPLITS for line in lines[split]]
+        unaligned = [{name: row[name] for name in ("image_id", "captions")} for row in rows]
+        write_jsonl(unaligned, folder / "unaligned.jsonl")
+        flags = ["--input", folder / "unaligned.jsonl", "--output", folder / "aligned.jsonl", "--pivot", "de"]
+        command = [sys.executable, ROOT / "prepare_corpus.py", "align", *flags, "--tokenizer", CORPUS / "tokenizer"]
         subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
+        aligned = (folder / "aligned.jsonl").read_text(encoding="utf-8").splitlines()
+        for split in SPLITS:
+            own, aligned = aligned[: len(lines[split])], aligned[len(lines[split]) :]
+            (folder / f"{split}.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
 
 
 def summary(metrics: dict[str, float], name: str) -> float | None:
