@@ -1,62 +1,16 @@
-"""run_pretraining.py as its users run it: in one process, killed and resumed, in two processes, on bad data."""
+"""run_pretraining.py as its users run it: in one process, killed and resumed, on bad data."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from script_runs import SCRIPT, assert_same_weights, environment, flags, losses
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 import run_pretraining
-
-SCRIPT = Path(run_pretraining.__file__)
-NO_DROPOUT = json.dumps(
-    {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent), "HF_HUB_OFFLINE": "1"}
-
-
-def run(command: list, **kwargs) -> subprocess.CompletedProcess:
-    result = subprocess.run(
-        [str(word) for word in command], env=environment(), capture_output=True, text=True, timeout=120, **kwargs
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-def flags(corpus, output_dir, **options) -> list[str]:
-    options = {"do_train": True, "output_dir": output_dir, **options}
-    return [*corpus.flags(), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
-
-
-def losses(folder: Path) -> list[float]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def assert_same_weights(first: Path, second: Path, **tolerance):
-    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def test_trains_evaluates_saves_and_reports(tiny_corpus, tmp_path, capsys):
@@ -113,39 +67,6 @@ def test_killed_and_resumed_equals_undisturbed(tiny_corpus, tmp_path):
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
     assert len(losses(tmp_path / "killed")) == 12
     assert_same_weights(tmp_path / "killed", tmp_path / "undisturbed", rtol=0, atol=0)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def torchrun() -> list:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def accelerate_launch() -> list:
-    """Two CPU processes need --multi_gpu; `--cpu --num_processes 2` would start one."""
-    options = {"num_processes": 2, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
-    options["main_process_port"] = free_port()
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *words]
-
-
-@pytest.mark.parametrize("launcher", [torchrun, accelerate_launch])
-def test_two_processes_train_as_one(tiny_corpus, tmp_path, launcher):
-    """Two processes of one micro-batch against one process of two: the same losses and weights."""
-    common = {"max_steps": 5, "per_device_train_batch_size": 3, "config_overrides": NO_DROPOUT, "ea_steps": 0}
-    one, two = tmp_path / "one", tmp_path / "two"
-    expected = run_pretraining.main(flags(tiny_corpus, one, gradient_accumulation_steps=2, **common))
-    run([*launcher(), SCRIPT, *flags(tiny_corpus, two, gradient_accumulation_steps=1, **common)])
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    assert_same_weights(one, two, rtol=1e-3, atol=1e-5)
-    metrics = json.loads((two / "results.json").read_text())
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_a_bad_row_stops_before_the_first_step(tiny_corpus, tmp_path):
