@@ -140,15 +140,24 @@ def table(runs: dict[str, list[dict]], settings: list[str]) -> str:
     return "\n".join(lines)
 
 
+def finished_runs(args) -> dict[str, list[dict]]:
+    """{setting: metrics of each seed} of all runs of this length in the output folder, of earlier calls too."""
+    runs: dict[str, list[dict]] = {}
+    for setting in SETTINGS:
+        for results in sorted(args.output_dir.glob(f"{setting}-seed*-steps{args.steps}/results.json")):
+            runs.setdefault(setting, []).append(json.loads(results.read_text(encoding="utf-8")))
+    return runs
+
+
 def write_report(runs: dict[str, list[dict]], args) -> None:
     """docs/ablations.md, with what docs/ablations_notes.md says about it, and docs/ablations.png."""
     chance = next(iter(runs.values()))[0]["eval_chance_average_recall_en"]
     parts = [
         "# Ablations in miniature",
-        f"Demo corpus, {args.steps} steps a run; in per cent, mean ± standard deviation over the seeds. Zero-shot AR "
-        f"is the average recall among 100 held-out scenes with the ITM head and no fine-tuning (chance {chance:.1f}); "
-        "the others are held-out accuracies, also of objectives that a run was not trained with. Written by "
-        "`benchmarks/ablations.py`.",
+        f"Demo corpus, {args.steps} steps a run; in per cent, mean ± standard deviation over the runs, which differ "
+        "in their seed. Zero-shot AR is the average recall among 100 held-out scenes with the ITM head and no "
+        f"fine-tuning (chance {chance:.1f}); the others are held-out accuracies, also of objectives that a run was "
+        "not trained with. Written by `benchmarks/ablations.py`.",
     ]
     for title, settings in TABLES.items():
         parts += [f"## {title}", table(runs, settings)]
@@ -185,13 +194,11 @@ def main(argv: list[str] | None = None) -> None:
     if "german-first" in args.settings:
         align_to_german()
     wanted = [(setting, seed) for seed in args.seeds for setting in args.settings]
-    runs: dict[str, list[dict]] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = [args.output_dir / f"{setting}-seed{seed}-steps{args.steps}" for setting, seed in wanted]
         results = pool.map(lambda task, folder: run(*task, args.steps, folder), wanted, folders)
         for (setting, seed), metrics in zip(wanted, results, strict=True):
-            runs.setdefault(setting, []).append(metrics)
-            write_report(runs, args)
+            write_report(finished_runs(args), args)
             print(f"{setting}, seed {seed}: AR {cell([summary(metrics, 'average_recall')])}", flush=True)
 
 
