@@ -12,6 +12,7 @@ COMMANDS = {
     "align": ("uc2.word_alignment", "links between the words of translated captions, for VTLM"),
     "regions": ("uc2.region_extraction", "photographs to a region store, with a detector or grid features"),
     "import": ("uc2.region_import", "others' feature files (LMDB, HDF5, TSV, npz) to a region store"),
+    "quantise": ("uc2.region_quantisation", "a region store with smaller features or class probabilities"),
     "scenes": ("uc2.scenes", "a small demo corpus of drawn scenes, with captions in six languages"),
 }
 

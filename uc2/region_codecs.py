@@ -119,6 +119,9 @@ class TopClasses:
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
         values = np.zeros((len(rows), self.width), np.float16)
+        if (rows[:, : self.count] >= self.width).any():
+            found = Found(f"class {rows[:, : self.count].max()}")
+            raise DataError(field="class_probs", found=found, expected=f"class numbers below {self.width}")
         kept = np.ascontiguousarray(rows[:, self.count :]).view("<f2")
         np.put_along_axis(values, rows[:, : self.count].astype(np.int64), kept, axis=1)
         return values
@@ -143,7 +146,8 @@ def codec_of(manifest: dict, field: str, directory: Path) -> Codec:
         DataError: a codec that is not known here, or a codebook that is not there or does not fit.
     """
     width = manifest["feature_size" if field == "features" else "num_classes"]
-    match manifest.get("encodings", {}).get(field):
+    encodings = manifest.get("encodings", {})
+    match encodings.get(field) if isinstance(encodings, dict) else encodings:
         case None:
             return Float16(width)
         case {"name": "int8"}:
@@ -153,7 +157,8 @@ def codec_of(manifest: dict, field: str, directory: Path) -> Codec:
         case {"name": "top", "count": int(count)} if 0 < count <= width < 2**16:
             return TopClasses(width, count)
         case other:
-            raise DataError(file=directory / "store.json", field=f"encodings.{field}", found=other, expected="a codec")
+            expected = '{"name": "int8"}, {"name": "pq"} or {"name": "top", "count": …}'
+            raise DataError(file=directory / "store.json", field=f"encodings.{field}", found=other, expected=expected)
 
 
 def read_codebook(file: Path, width: int) -> np.ndarray:

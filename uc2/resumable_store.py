@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 from uc2.arrow_files import arrow_batches
 from uc2.atomic_files import atomic_file
 from uc2.data_error import DataError, Found, OptionError
+from uc2.region_codecs import Codec
 from uc2.region_rows import RegionRow
 from uc2.region_store import RegionStore
 from uc2.region_writer import MANIFEST, read_manifest, write_region_store
@@ -138,14 +139,21 @@ class ResumableStore:
         )  # the finishing process may remove it first
         return True
 
-    def write_shard(self, key: ShardKey, rows: Iterable[RegionRow], source: str) -> None:
-        """Adds a whole shard at once; `source` is what errors name.
+    def write_shard(
+        self,
+        key: ShardKey,
+        rows: Iterable[RegionRow],
+        source: str,
+        codecs: Mapping[str, Codec] | None = None,
+    ) -> None:
+        """Adds a whole shard at once; `source` is what errors name, `codecs` as for `write_region_store`.
 
         Raises:
             DataError: a row breaks the format, or has another width than those of the first shard.
         """
         work = self.progress / key.name
-        write_region_store(rows, work / "store", rows_per_shard=sys.maxsize, overwrite=True, source=source)
+        options = {"rows_per_shard": sys.maxsize, "overwrite": True, "source": source, "codecs": codecs}
+        write_region_store(rows, work / "store", **options)
         manifest = read_manifest(work / "store")
         (shard,) = manifest["shards"]
         self._check_like_first(manifest, source)

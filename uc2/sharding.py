@@ -24,6 +24,7 @@ SHARDED_COMMANDS = {
     "align": ("uc2.word_alignment", "--input", ".jsonl"),
     "regions": ("uc2.region_extraction", "--images", ""),
     "import": ("uc2.region_import", "--input", ""),
+    "quantise": ("uc2.region_quantisation", "--input", ""),
 }
 
 
