@@ -76,7 +76,7 @@ def run(model_args, data_args, ea_args, report_args, args: PretrainingArguments)
     if ea_args.ea_steps and args.do_train and checkpoint is None:
         with not_sharded():
             history = run_early_adaptation(model, store, processor, labels, ea_args, args)
-    elif ea_args.ea_steps:
+    elif ea_args.ea_steps and args.do_train:
         history = saved_history(early_adaptation_folder(args))
     trainer = UC2Trainer(
         model=model,
@@ -223,6 +223,10 @@ def report(trainer, metrics, ea_history, model_args, data_args, ea_args, args) -
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    if metrics:
+        print(report_table(metrics, data_args.languages))
+    if not args.do_train and Path(folder, "README.md").exists():
+        return  # curves and card tell of the training that was here
     training_curves(trainer.state.log_history, Path(folder, "curves.png"), early_adaptation=ea_history)
     write_model_card(
         folder,
@@ -241,8 +245,6 @@ def report(trainer, metrics, ea_history, model_args, data_args, ea_args, args) -
         },
         results=card_results(metrics, data_args.languages),
     )
-    if metrics:
-        print(report_table(metrics, data_args.languages))
 
 
 if __name__ == "__main__":

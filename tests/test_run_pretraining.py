@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from script_runs import SCRIPT, assert_same_weights, environment, flags, losses
+from script_runs import NO_DROPOUT, SCRIPT, assert_same_weights, environment, flags, losses
 from transformers import AutoModelForPreTraining, AutoProcessor
 
 import run_pretraining
@@ -46,6 +46,38 @@ def test_held_out_objectives_and_weights_may_differ_from_the_mix(tiny_corpus, tm
     assert {name for name in metrics if name.startswith("eval_loss_")} == {"eval_loss_itm", "eval_loss_vtlm"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["objective_weights"] == {"itm": 1.0, "mlm": 0.75}
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_evaluating_alone_changes_nothing_but_the_results(tiny_corpus, tmp_path):
+    options = {"max_steps": 2, "config_overrides": json.dumps(NO_DROPOUT)}
+    trained = run_pretraining.main(flags(tiny_corpus, tmp_path, **options))
+    before = contents(tmp_path)
+    options |= {"do_train": False, "model_name_or_path": tmp_path, "config_overrides": "{}", "ea_steps": 3}
+    evaluated = run_pretraining.main(flags(tiny_corpus, tmp_path, **options))
+    assert evaluated == pytest.approx(trained | {"epoch": 0})
+    after = contents(tmp_path)
+    assert json.loads(after.pop("results.json")) == evaluated and json.loads(before.pop("results.json")) == trained
+    assert after == before
+    with pytest.raises(ValueError, match="resume_from_checkpoint goes on training"):
+        run_pretraining.main(flags(tiny_corpus, tmp_path, **options, resume_from_checkpoint=tmp_path / "checkpoint-2"))
+
+
+def test_best_model_is_loaded_at_the_end_and_when_a_finished_run_starts_again(tiny_corpus, tmp_path):
+    """A learning rate that ruins the model: the best checkpoint is an early one."""
+    options = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "learning_rate": 0.3}
+    options |= {"load_best_model_at_end": True, "lr_scheduler_type": "constant", "save_total_limit": 1}
+    for _ in range(2):
+        run_pretraining.main(flags(tiny_corpus, tmp_path, **options))
+        state = json.loads((tmp_path / "trainer_state.json").read_text())
+        losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+        assert state["best_global_step"] == min(list(losses)[:3], key=losses.get)
+        assert_same_weights(tmp_path, tmp_path / f"checkpoint-{state['best_global_step']}", rtol=0, atol=0)
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["eval_loss"] == pytest.approx(state["best_metric"])
 
 
 def test_killed_and_resumed_equals_undisturbed(tiny_corpus, tmp_path):

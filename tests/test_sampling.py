@@ -158,3 +158,16 @@ def test_hashed_draws_are_uniform_and_independent_of_each_other():
     assert (uniform(0, keys[5:6], 0) == a[5]).all()  # one key or many: the same draw
     epochs = uniform(0, np.arange(10_000) * 29_000, 0)  # one row over epochs
     assert abs(epochs.mean() - 0.5) < 0.02
+
+
+def test_ungrouped_updates_hold_the_same_examples_however_they_are_split():
+    """Early Adaptation: 1 process x 8 images and 2 x 4."""
+    options = {"seed": 3, "group_by_length": False, "drop_last": True}
+    one = EpochBatchSampler(Lengths(101), batch_size=8, **options)
+    two = EpochBatchSampler(Lengths(101), batch_size=4, multiple_of=2, **options)
+    for epoch in range(2):
+        one.set_epoch(epoch)
+        two.set_epoch(epoch)
+        halves = list(two)
+        assert list(one) == [first + second for first, second in zip(halves[::2], halves[1::2], strict=True)]
+        assert len(list(one)) == 12

@@ -101,6 +101,8 @@ class PretrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False)
 
     def __post_init__(self):
+        if self.resume_from_checkpoint and not self.do_train:
+            raise ValueError("resume_from_checkpoint goes on training; to evaluate, use model_name_or_path")
         # Without this, each CPU process of a launch would train alone.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()

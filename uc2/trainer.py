@@ -155,10 +155,13 @@ class UC2Trainer(PortableTrainer):
             # ZeRO-3 gathers weights call by call, but the LM head is called once per so many targets, of which
             # processes have different numbers: they would wait for each other without end.
             return whole_model(self)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator._models:
+        if self.accelerator._models:
             return self.model
-        # Nothing was trained before: autocast is still missing.
-        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        # Nothing was trained before: the device, and autocast, are still missing.
+        model = self.model.to(self.args.device)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return model
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Loss and accuracy of every objective, over all and per language, exact for any number of processes.
