@@ -239,7 +239,7 @@ def test_the_number_of_heads_is_required(tmp_path):
 
 def test_stored_code_is_not_run(tmp_path):
     torch.save({"roberta.weight": Path}, tmp_path / "code.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match="more than tensors"):
         read_state_dict(tmp_path / "code.pt")
 
 

@@ -333,3 +333,18 @@ def test_two_processes_return_the_same_matrix(tmp_path):
     assert len(list((tmp_path / "blocks").glob("block_*.npy"))) == 9
     fingerprint = json.loads((tmp_path / "blocks" / "fingerprint.json").read_text())
     assert fingerprint.keys() >= {"model", "texts", "regions"}
+
+
+def test_blocks_of_another_evaluation_or_damaged_ones_are_not_used(tmp_path, small_blocks, caplog):
+    """A folder that lost its fingerprint to a kill in the middle of its removal, and a truncated file."""
+    texts, images = make_data()
+    options = {"processor": StubProcessor(), "resume_dir": tmp_path}
+    score_matrix(make_model(seed=1), texts, images, **options)
+    (tmp_path / "fingerprint.json").unlink()
+    model = make_model(seed=2)
+    expected = score_matrix(model, texts, images, StubProcessor())
+    np.testing.assert_array_equal(score_matrix(model, texts, images, **options), expected)
+    newest = max(tmp_path.glob("block_000000*.npy"), key=lambda file: file.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:100])
+    np.testing.assert_array_equal(score_matrix(model, texts, images, **options), expected)
+    assert "cannot be read" in caplog.text

@@ -20,6 +20,7 @@ embedding, that of unmasked regions, is zero there.
 """
 
 import json
+import pickle
 import re
 import sys
 import warnings
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modeling_uc2 import UC2Config, UC2ForPreTraining, UC2ForRetrieval, UC2ForVQA
@@ -196,10 +198,15 @@ def convert_to_original(folder: str | Path, head: str, output_dir: str | Path) -
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors by name from a .safetensors file or a `torch.save` file; nothing in it is executed."""
-    if str(path).endswith(".safetensors"):
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if str(path).endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and numbers, so it is not read") from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no plain state dict, expected a dict of tensors by name")
     return dict(state)

@@ -9,7 +9,6 @@ fitted on the training split, as the paper's detector was trained on images of i
 from __future__ import annotations
 
 import logging
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from torchvision.ops import roi_align
 
 from uc2.scene_layout import COLOURS, HORIZON, LABELS, SETTINGS, Scene
@@ -76,11 +75,9 @@ def hub_is_reachable(timeout: float = 5.0) -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout
-        ):
-            return True
-    except OSError as error:  # URLError and timeouts included
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+        return True
+    except Exception as error:  # of the HTTP library under the Hub's client, which is its own affair
         logger.info("%s cannot be reached: %s", constants.ENDPOINT, error)
         return False
 

@@ -8,6 +8,7 @@ that the pooler reads. On a CPU, weights are packed for oneDNN, whose kernel als
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from uc2.atomic_files import atomic_file
+from uc2.data_error import OptionError
 from uc2.scoring_layers import PRECISIONS, scoring_layers
+
+logger = logging.getLogger(__name__)
 
 TEXTS_PER_BLOCK, IMAGES_PER_BLOCK = 128, 64  # a block is what is saved, resumed and sharded as a whole
 
@@ -266,7 +270,7 @@ class _SavedBlocks:
             found = json.loads(file.read_text("utf-8"))
             changed = [name for name in fingerprint if found.get(name) != fingerprint[name]]
             if changed:
-                raise ValueError(
+                raise OptionError(
                     f"{folder} holds the scores of another evaluation (its {', '.join(changed)} differ); "
                     "give another folder or delete this one"
                 )
@@ -274,15 +278,25 @@ class _SavedBlocks:
             with atomic_file(file) as temporary:
                 temporary.write_text(json.dumps(fingerprint, indent=2), "utf-8")
 
+        # In the names, too: a folder that was half removed may have lost the file but kept blocks.
+        self.digest = hashlib.blake2b(json.dumps(fingerprint).encode(), digest_size=6).hexdigest()
+
     def load(self, block: _Block) -> np.ndarray | None:
-        path = self._path(block)
-        return np.load(path, allow_pickle=False) if path.exists() else None
+        """The block's scores, if they were saved and are readable."""
+        try:
+            scores = np.load(self._path(block), allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError) as error:
+            logger.warning(f"{self._path(block)} cannot be read ({error}); its scores are computed again.")
+            return None
+        return scores
 
     def save(self, block: _Block, scores: np.ndarray) -> None:
         save_scores(self._path(block), scores)
 
     def _path(self, block: _Block) -> Path:
-        return self.folder / f"block_{block.index:06d}.npy"
+        return self.folder / f"block_{block.index:06d}_{self.digest}.npy"
 
 
 def _fingerprint(model, token_ids, regions, processor, precision: str) -> dict[str, str]:
