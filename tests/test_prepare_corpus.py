@@ -52,7 +52,10 @@ def test_nothing_heavy_is_imported_before_a_command_is_chosen():
         (["import", "--input", "none.tsv", "--output", "o"], "error: none.tsv: found no such file"),
         (["regions", "--images", ".", "--output", "o"], "error: Give either --detector or --backbone."),
         (["translate", "--output", "o"], "error: give either --input (captions) or --labels (object labels)"),
-        (["align", "--input", "x", "--output", "o", "--tokenizer", "t", "--num_processes", "0"], "error: --num_processes is"),
+        (
+            ["align", "--input", "x", "--output", "o", "--tokenizer", "t", "--num_processes", "0"],
+            "error: --num_processes is",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_in_one_sentence(arguments, sentence, tmp_path, monkeypatch):
