@@ -12,9 +12,10 @@ a round, of CPU times, so that other load on the machine matters little. Without
 are random and texts have 8 to 20 tokens. Two data sets: 36 regions per image, and 10 to 100.
 
 One run on a busy core with AMX, 4 texts x 64 images, base size, random weights, packing of the weights included,
-times the original (plain): 36 regions fp32 1.42 (1.14), bf16 5.7 (4.6), int8 4.7 (3.8); 10 to 100 regions
-fp32 2.1 (1.8), bf16 8.3 (7.1), int8 7.0 (6.0); fp32 within 8e-7 of plain. In fp32 nine tenths of the time are matrix products at the core's peak, so that no more is to be had exactly. On the trained demo model
-and its captions the rank correlation of int8 is 0.9997 and of bf16 1.0000; on random weights 0.977 and 0.998.
+times the original (plain): 36 regions fp32 1.42 (1.14), bf16 5.7 (4.6), int8 4.7 (3.8); 10 to 100 regions fp32
+2.1 (1.8), bf16 8.3 (7.1), int8 7.0 (6.0); fp32 within 8e-7 of plain. In fp32 nine tenths of the time are matrix
+products at the core's peak, so that no more is to be had exactly. On the trained demo model and its captions the
+rank correlation of int8 is 0.9997 and of bf16 1.0000; on random weights 0.977 and 0.998.
 """
 
 import argparse
