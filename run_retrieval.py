@@ -26,6 +26,7 @@ from uc2.arguments import check_minimum, parse, parse_pairs
 from uc2.checkpoints import checkpoint_to_resume
 from uc2.collator import UC2DataCollator
 from uc2.data_error import DataError, Found
+from uc2.distributed import not_sharded, whole_model
 from uc2.hard_negatives import HardNegativesCallback
 from uc2.hub import open_repository
 from uc2.model_card import card_names, training_table, write_model_card
@@ -190,7 +191,7 @@ def run(
     results = {}
     if test_sets:
         results = evaluate(
-            trainer.accelerator.unwrap_model(trainer.model),
+            whole_model(trainer),
             resume_dir=Path(args.output_dir, "scoring"),
             save_dir=Path(args.output_dir, "scores") if scoring.save_scores else None,
             progress=True,
@@ -226,6 +227,7 @@ def parse_folds(words: list[str]) -> dict[str, int]:
     return {name: int(number) for name, number in folds.items()}
 
 
+@not_sharded()
 def load_model(name_or_path: str, store: RegionStore, *, fine_tune: bool, margin: float = 0.2):
     """The network that scores pairs.
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from uc2.checkpoints import ResumableTrainer
+from uc2.distributed import whole_model
 from uc2.hard_negatives import HardNegativesCallback, MiningBatchSampler
 from uc2.non_finite import check_finite
 from uc2.sampling import EpochBatchSampler, SetEpochCallback
@@ -78,7 +79,7 @@ class RetrievalTrainer(ResumableTrainer):
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Recalls of the current weights; for `eval_strategy="steps"` and choosing the best checkpoint."""
-        recalls = self.evaluate_recall(self.accelerator.unwrap_model(self.model))
+        recalls = self.evaluate_recall(whole_model(self))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in recalls.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
