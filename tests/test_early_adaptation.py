@@ -3,10 +3,13 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from modeling_uc2 import UC2Config, UC2ForPreTraining
+from uc2.data_error import DataError
 from uc2.early_adaptation import (
+    EarlyAdaptationDataset,
     EarlyAdaptationModel,
     class_distribution,
     early_adaptation_loss,
@@ -87,3 +90,11 @@ def test_adapts_the_region_encoder_and_nothing_else():
         encoded[:, None], label_embeddings(model, FourLabels(), "de")[None], dim=-1
     )
     assert cosine.argmax(dim=1).tolist() == [0, 1, 2, 3]
+
+
+def test_regions_without_object_classes_are_refused():
+    class Grid(dict):
+        has_classes = False
+
+    with pytest.raises(DataError, match="regions with object classes for Early Adaptation"):
+        EarlyAdaptationDataset(Grid(), None, 4)

@@ -52,7 +52,7 @@ def build_tokenizer(texts) -> XLMRobertaTokenizer:
 class DictStore(dict):
     """What PretrainingDataset needs of a region store."""
 
-    feature_size, num_classes = FEATURE_SIZE, NUM_CLASSES
+    feature_size, num_classes, has_classes = FEATURE_SIZE, NUM_CLASSES, True
 
     def class_scores(self, image_id):
         return self[image_id].class_scores
@@ -381,6 +381,11 @@ def test_objectives_that_the_data_cannot_serve_say_what_they_need(make, processo
     without_probs.num_classes = None
     with pytest.raises(ValueError, match="'mrc_kl' has weight 1.*class probabilities"):
         PretrainingDataset(rows, without_probs, processor, seed=0, **only("mrc_kl"))
+    grid = DictStore(store)
+    grid.has_classes = False
+    for objective in ("mrtm", "mrc", "mrc_kl"):
+        with pytest.raises(ValueError, match=f"'{objective}' has weight 1.*regions with object classes"):
+            PretrainingDataset(rows, grid, processor, seed=0, **only(objective))
     unlabelled = UC2Processor(processor.tokenizer, feature_size=FEATURE_SIZE)
     with pytest.raises(ValueError, match="'mrtm' needs object_labels"):
         PretrainingDataset(rows, store, unlabelled, seed=0)

@@ -425,3 +425,11 @@ def test_tables_without_a_column_or_cut_off(tmp_path):
     fails(lambda: RegionStore(source), str(source), "unreadable")
     (tmp_path / "empty").mkdir()
     fails(lambda: RegionStore(tmp_path / "empty"), "store.json")
+
+
+def test_regions_without_object_classes_are_told(path, tmp_path):
+    assert RegionStore(path).has_classes
+    fillers = {"class_ids": np.zeros(3, np.int64), "class_scores": np.ones(3, np.float32), "class_probs": None}
+    write_region_store([replace(make_row(30, 3), **fillers)], tmp_path / "grid")
+    assert not RegionStore(tmp_path / "grid").has_classes
+    assert RegionStore([path, tmp_path / "grid"]).has_classes

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from modeling_uc2 import UC2PreTrainedModel
 
 from .checkpoints import ResumableTrainer, checkpoint_to_resume
+from .data_error import DataError, Found
 from .object_labels import LabelTokens
 from .sampling import EpochBatchSampler, train_loader
 
@@ -54,6 +55,9 @@ class EarlyAdaptationDataset(Dataset):
     distributions."""
 
     def __init__(self, region_store, processor, num_classes: int):
+        if not region_store.has_classes:
+            expected = "regions with object classes for Early Adaptation (--ea_steps 0 leaves it out)"
+            raise DataError(found=Found("none in the region store"), expected=expected)
         self.region_store, self.processor, self.num_classes = region_store, processor, num_classes
         # A list of millions of strings would be copied into every loader process, reference count by count.
         self.image_ids = pa.array(list(region_store), pa.large_string())

@@ -145,7 +145,9 @@ class PretrainingDataset:
             serves["mrtm"] = present & labelled
         if "mrc_kl" in mix and self.region_store.num_classes is None:
             serves["mrc_kl"] = np.zeros_like(present)
-        return serves
+        # Without object classes, as on a grid, the rows' are fillers.
+        unserved = [] if self.region_store.has_classes else ["mrtm", "mrc", "mrc_kl"]
+        return serves | {objective: np.zeros_like(present) for objective in unserved if objective in mix}
 
     def _pairable(self, present: np.ndarray) -> np.ndarray:
         """(n, L) bool: whether the row has this caption, the pivot's, and an alignment of the two."""
@@ -157,8 +159,9 @@ class PretrainingDataset:
     def _check_every_objective_is_served(self, mix: Mapping[str, float], image_codes: np.ndarray) -> None:
         needs = {
             "vtlm": f"captions in '{self.pivot_language}' and another language with an alignment",
-            "mrtm": "object labels in a language of the captions",
-            "mrc_kl": "a region store with class probabilities",
+            "mrtm": "regions with object classes, and object labels in a language of the captions",
+            "mrc": "regions with object classes",
+            "mrc_kl": "regions with object classes and class probabilities",
             "itm": "at least two images",
         }
         shares = self._table.shares(self._rows) if len(self._rows) else dict.fromkeys(mix, 0.0)

@@ -254,6 +254,11 @@ class RegionStore(Mapping[str, RegionRow]):
         return self._index.num_classes
 
     @cached_property
+    def has_classes(self) -> bool:
+        """Whether regions have object classes. Cells of a grid have none: all are of class 0 with score 1."""
+        return any(batch.class_ids.any() or (batch.class_scores != 1).any() for batch in self._index.batches)
+
+    @cached_property
     def region_counts(self) -> np.ndarray:
         """(len(store),) int64: regions of every image, in the order of `list(store)`."""
         return np.concatenate([batch.counts for batch in self._index.batches]).astype(np.int64)
