@@ -31,7 +31,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "sil-thot>=3.4",
-        "sacrebleu>=2.4",
+        "sacrebleu[ja]>=2.4",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
         "tqdm>=4.66",
