@@ -38,7 +38,7 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.16"],
+        "deepspeed": ["deepspeed>=0.19"],
         "importers": ["lmdb>=1.4", "msgpack>=1.0", "h5py>=3.10"],
         "peft": ["peft>=0.15"],
         "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.27"],
@@ -56,7 +56,7 @@ setup(
             "onnxscript>=0.7",
             "onnxruntime>=1.27",
             "protobuf>=5",
-            "deepspeed>=0.16",
+            "deepspeed>=0.19",
         ],
     },
 )
