@@ -40,13 +40,15 @@ def tidy_region_row(row: RegionRow, *, file=None, number: int | None = None) -> 
     fail = _failure(row, file, number)
     _check_image(row, fail)
     try:
-        arrays = {
-            "boxes": np.asarray(row.boxes, np.float32),
-            "features": _half(row.features),
-            "class_ids": np.asarray(row.class_ids),
-            "class_scores": np.asarray(row.class_scores, np.float32),
-            "class_probs": None if row.class_probs is None else _half(row.class_probs),
-        }
+        # A number beyond a type's range becomes infinite, which check_region_row reports with its row.
+        with np.errstate(over="ignore"):
+            arrays = {
+                "boxes": _numbers(row.boxes, np.float32),
+                "features": _numbers(row.features, np.float16),
+                "class_ids": np.asarray(row.class_ids),
+                "class_scores": _numbers(row.class_scores, np.float32),
+                "class_probs": None if row.class_probs is None else _numbers(row.class_probs, np.float16),
+            }
     except (TypeError, ValueError) as error:
         raise fail(
             "boxes", f"values that are not numbers ({error})", "numbers, equally many per box"
@@ -62,10 +64,11 @@ def tidy_region_row(row: RegionRow, *, file=None, number: int | None = None) -> 
     return row
 
 
-def _half(values) -> np.ndarray:
-    # A number beyond the float16 range becomes infinite, which check_region_row reports with its row.
-    with np.errstate(over="ignore"):
-        return np.asarray(values).astype(np.float16, copy=False)
+def _numbers(values, dtype: type) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind == "c":  # numpy would drop the imaginary parts
+        raise TypeError(f"values of type {array.dtype}")
+    return array.astype(dtype, copy=False)
 
 
 def _sorted(row: RegionRow) -> RegionRow:

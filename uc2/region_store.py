@@ -23,7 +23,7 @@ from uc2.data_error import DataError, Found
 from uc2.region_codecs import Codec, codec_of
 from uc2.region_rows import RegionRow, check_region_row
 from uc2.region_tables import as_stores
-from uc2.region_writer import CLASS_PROBS, MANIFEST, SCHEMA, read_manifest, write_region_store
+from uc2.region_writer import CLASS_PROBS, MANIFEST, SCHEMA, crc32, read_manifest, write_region_store
 
 __all__ = ["DataError", "RegionRow", "RegionStore", "write_region_store"]
 
@@ -273,7 +273,7 @@ class RegionStore(Mapping[str, RegionRow]):
         return batch.class_scores[batch.offsets[position] : batch.offsets[position + 1]]
 
     def validate(self, max_errors: int = 10) -> list[DataError]:
-        """Check every value of every row; gives the first `max_errors` errors (none: the store is sound)."""
+        """Check every byte and value; gives the first `max_errors` errors (none: the store is sound)."""
         errors: list[DataError] = []
         for image_id in self:
             batch, position = self._index.locate(image_id)
@@ -284,8 +284,18 @@ class RegionStore(Mapping[str, RegionRow]):
             except DataError as error:
                 errors.append(error)
                 if len(errors) == max_errors:
-                    break
-        return errors
+                    return errors
+        damaged = {error.file for error in errors}
+        found = (error for path in self.paths for error in _checksum_errors(path) if error.file not in damaged)
+        return [*errors, *found][:max_errors]
+
+
+def _checksum_errors(directory: Path) -> Iterator[DataError]:
+    """Shards that are not as they were written. A store of an earlier version has no checksums to compare."""
+    for shard in read_manifest(directory)["shards"]:
+        found, expected = crc32(directory / shard["file"]), shard.get("crc32")
+        if expected not in (None, found):
+            yield DataError(file=directory / shard["file"], found=Found(f"checksum {found}"), expected=f"{expected}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,7 +75,9 @@ def _table_rows(files: Sequence[Path]) -> Iterator[RegionRow]:
                 for cells in batch.to_pylist():
                     number += 1
                     yield tidy_region_row(_row_from_cells(cells, file, number), file=file, number=number)
-        except (pa.ArrowException, OSError) as error:
+        except DataError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
             found = Found(f"an unreadable file ({error})")
             raise DataError(file=file, found=found, expected="a whole file") from error
 

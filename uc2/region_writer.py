@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class _StoreWriter:
                 pending.append(self._checked(row, number))
                 count += 1
             writer.write_batch(_record_batch(pending, schema, self.codecs))
-        self.shards.append({"file": name, "rows": count, "bytes": (self.directory / name).stat().st_size})
+        self.shards.append(shard_entry(self.directory / name, count))
 
     def _checked(self, row: RegionRow, number: int) -> RegionRow:
         row = tidy_region_row(row, file=self.source, number=number)
@@ -166,6 +167,19 @@ def _record_batch(rows: Sequence[RegionRow], schema: pa.Schema, codecs: Mapping[
     return pa.RecordBatch.from_pydict(columns, schema=schema)
 
 
+def shard_entry(file: Path, rows: int) -> dict:
+    """What `store.json` says of a shard."""
+    return {"file": file.name, "rows": rows, "bytes": file.stat().st_size, "crc32": crc32(file)}
+
+
+def crc32(file: Path) -> int:
+    checksum = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
 def read_manifest(directory: Path) -> dict:
     file = directory / MANIFEST
     try:
@@ -177,7 +191,7 @@ def read_manifest(directory: Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("format") != "uc2-region-store":
         raise DataError(file=file, found=manifest, expected="the description of a region store")
     _check_numbers(file, manifest, "", ("rows", "feature_size"))
-    if manifest.get("num_classes") is not None:
+    if manifest.setdefault("num_classes", None) is not None:
         _check_numbers(file, manifest, "", ("num_classes",))
     shards = manifest.get("shards")
     if not isinstance(shards, list) or not shards or not all(isinstance(shard, dict) for shard in shards):

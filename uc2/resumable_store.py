@@ -22,7 +22,7 @@ from uc2.data_error import DataError, Found, OptionError
 from uc2.region_codecs import Codec
 from uc2.region_rows import RegionRow
 from uc2.region_store import RegionStore
-from uc2.region_writer import MANIFEST, read_manifest, write_region_store
+from uc2.region_writer import MANIFEST, read_manifest, shard_entry, write_region_store
 
 PLAN = "settings.json"
 REPORT = "skipped.jsonl"
@@ -194,9 +194,9 @@ class ResumableStore:
                             writer.write_batch(reader.get_batch(index))
                     rows += shard["rows"]
             writer.close()
-        size = temporary.stat().st_size
+        entry = shard_entry(temporary, rows)
         os.replace(temporary, self.partial / name)
-        return {"file": name, "rows": rows, "bytes": size}
+        return entry | {"file": name}
 
     def note_chunks(self, unit: int, chunks: int) -> None:
         """Records how many shards a unit of the source has, once it was listed to its end."""

@@ -19,6 +19,7 @@ from uc2.data_error import DataError
 from uc2.region_import import import_regions
 from uc2.region_import import main as import_main
 from uc2.region_store import RegionRow, RegionStore, write_region_store
+from uc2.region_store import main as store_main
 from uc2.safe_decoding import DecodingError, loads_msgpack, loads_npz, loads_pickle
 
 lmdb = pytest.importorskip("lmdb")
@@ -195,8 +196,8 @@ def packed(values: dict) -> bytes:
         kind = array.dtype.str.encode()
         return {b"nd": True, b"type": kind, b"kind": b"", b"shape": array.shape, b"data": array.tobytes()}
 
-    arrays = {name: as_map(value) if isinstance(value, np.ndarray) else value for name, value in values.items()}
-    return msgpack.packb(arrays)
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray | np.generic)}
+    return msgpack.packb({**values, **{name: as_map(array) for name, array in arrays.items()}})
 
 
 @pytest.mark.parametrize("format", ["uniter_lmdb", "volta_lmdb"])
@@ -292,3 +293,18 @@ def test_image_sizes(tmp_path, data):
         import_main(words)
     except DataError as error:
         assert "sizes.json" in str(error)
+
+
+def test_a_flipped_bit_is_found(tmp_path, sound, capsys):
+    """In a feature, where every value is a possible one."""
+    path = tmp_path / "store"
+    shutil.copytree(sound, path)
+    shard = path / "shard-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    place = content.index(ARRAYS["features"].astype("<f2").tobytes())
+    content[place + 2] ^= 1
+    shard.write_bytes(content)
+    (error,) = RegionStore(path).validate()
+    assert "shard-00000.arrow: found checksum" in str(error)
+    assert store_main([str(path)]) == 1 and "checksum" in capsys.readouterr().out
+    assert store_main([str(sound)]) == 0
