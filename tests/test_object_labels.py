@@ -63,6 +63,14 @@ def test_text_files_with_synonyms_and_without_a_last_line_break(tmp_path):
     assert labels == {"en": LABELS["en"], "de": ["Hund", "rotes Auto", "Hut"], "ja": LABELS["ja"]}
 
 
+def test_a_vocabulary_of_english_names(tmp_path):
+    """As bottom-up attention has it: synonyms behind a comma."""
+    (tmp_path / "objects_vocab.txt").write_text("yolk\nbathtub,tub\n")
+    assert load_object_labels(tmp_path / "objects_vocab.txt") == {"en": ["yolk", "bathtub"]}
+    with pytest.raises(DataError, match="none.txt"):
+        load_object_labels(tmp_path / "none.txt")
+
+
 def test_malformed_labels(tmp_path):
     file = tmp_path / "labels.json"
     for content, parts in (

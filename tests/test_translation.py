@@ -344,7 +344,7 @@ def test_every_distinct_caption_is_translated_once_and_existing_ones_stay(
     assert len(load_parallel_captions(str(out))) == 60
 
 
-def test_rejected_translations_are_left_out_and_listed(monkeypatch, captions_file, tmp_path):
+def test_rejected_translations_are_left_out_and_listed(monkeypatch, captions_file, tmp_path, caplog):
     class Copies(Dictionary):
         def __call__(self, texts):
             return [text if "dog" in text else f"Ein {text}" for text in texts]
@@ -359,7 +359,10 @@ def test_rejected_translations_are_left_out_and_listed(monkeypatch, captions_fil
     assert {row["rejected"] for row in rejected} == {"copied_source"}
     report = json.loads((tmp_path / "out.report.json").read_text())["languages"]["de"]
     assert report["rejected"] == {"copied_source": len(copied)}
-    assert report["left_out"] == sum(row["captions"]["en"] in copied for row in rows[1:])
+    left_out = sum(row["captions"]["en"] in copied for row in rows[1:])
+    assert report["left_out"] == left_out
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith(f"de: {left_out} of 59 captions were left out") and "out.rejected.jsonl" in warning
 
 
 def test_finished_work_is_not_done_again_and_other_options_are_refused(dictionary, captions_file, tmp_path):

@@ -23,7 +23,8 @@ def load_object_labels(path: str | os.PathLike) -> dict[str, list[str]]:
 
     Args:
         path: a JSON file `{"en": ["yolk", …], "de": […]}`; or a directory with such an `object_labels.json`;
-            or a directory of text files `img_label_objects.txt`, `img_label_objects_de.txt`, …, in which
+            or a text file of English names such as bottom-up attention's `objects_vocab.txt`; or a directory
+            of text files `img_label_objects.txt`, `img_label_objects_de.txt`, …, in which
             line i is class i and commas separate synonyms, of which the first is taken.
 
     Raises:
@@ -32,7 +33,10 @@ def load_object_labels(path: str | os.PathLike) -> dict[str, list[str]]:
     path = Path(path)
     if path.is_dir() and (path / "object_labels.json").is_file():
         path = path / "object_labels.json"
-    labels = _read_text_files(path) if path.is_dir() else _read_json(path)
+    if path.suffix == ".txt":
+        labels = {"en": _read_names(path)}
+    else:
+        labels = _read_text_files(path) if path.is_dir() else _read_json(path)
     _check(labels, path)
     return labels
 
@@ -46,18 +50,16 @@ def _read_json(path: Path) -> dict[str, list[str]]:
 
 
 def _read_text_files(directory: Path) -> dict[str, list[str]]:
-    labels = {}
-    for file in sorted(directory.iterdir()):
-        match = _TEXT_FILE.fullmatch(file.name)
-        if match:
-            try:
-                lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(file=file, found=Found(str(error)), expected="a UTF-8 text file") from error
-            labels[match["language"] or "en"] = [
-                _first_synonym(line, file, row) for row, line in enumerate(lines, 1)
-            ]
-    return labels
+    matches = ((file, _TEXT_FILE.fullmatch(file.name)) for file in sorted(directory.iterdir()))
+    return {match["language"] or "en": _read_names(file) for file, match in matches if match}
+
+
+def _read_names(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(file=file, found=Found(str(error)), expected="a UTF-8 text file, a class name a line") from error
+    return [_first_synonym(line, file, row) for row, line in enumerate(lines, 1)]
 
 
 def _first_synonym(line: str, file: Path, row: int) -> str:

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 
+MANY_LEFT_OUT = 0.2
+"""The share of a language's captions from which on a loss is worth a warning."""
+
 # Options that say how the work is done, not what comes out; they may differ between a run and its restart.
 _FREE_OPTIONS = ("output", "work_dir", "num_processes", "device", "keep_work_dir")
 
@@ -219,6 +222,13 @@ def _merge(args: TranslationArguments, work: TranslationWork) -> None:
     with atomic_file(output) as temporary:
         shutil.copyfile(merged, temporary)
     print(json.dumps(report.as_dict(), indent=2))
+    for language, counts in report.languages.items():
+        wanted = counts["translated"] + counts["left_out"]
+        if counts["left_out"] > MANY_LEFT_OUT * wanted:
+            logger.warning(
+                "%s: %d of %d captions were left out; is it the right model and language code? See %s",
+                language, counts["left_out"], wanted, _beside(output, "rejected.jsonl"),
+            )  # fmt: skip
 
 
 def _beside(output: Path, ending: str) -> Path:

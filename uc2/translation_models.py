@@ -40,7 +40,7 @@ _MBART = {
     "tr": "tr_TR", "uk": "uk_UA", "vi": "vi_VN", "zh": "zh_CN",
 }  # fmt: skip
 # Multi-target Marian models name languages by ISO 639-3, some with the script.
-_MARIAN = {"zh": "cmn_Hans", "ja": "jpn", "no": "nob"} | {
+MARIAN_CODES = {"zh": "cmn_Hans", "ja": "jpn", "no": "nob"} | {
     code: nllb.split("_")[0] for code, nllb in _NLLB.items() if code not in ("zh", "ja", "no")
 }
 
@@ -57,7 +57,7 @@ class _Family:
 
 
 _FAMILIES = {
-    "marian": _Family(_MARIAN, ">>{}<<", required=False),
+    "marian": _Family(MARIAN_CODES, ">>{}<<", required=False),
     "m2m100": _Family({}, "__{}__", forced_first=True),
     "nllb": _Family(_NLLB, "{}", forced_first=True),
     "mbart": _Family(_MBART, "{}", forced_first=True),
