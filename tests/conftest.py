@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import XLMRobertaTokenizer
+from tiny_tokenizer import build_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -90,18 +89,6 @@ class TinyCorpus:
         }
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         return [*words, "--languages", *NOUNS]
-
-
-def build_tokenizer(texts: list[str], folder: Path) -> None:
-    """A small XLM-R style Unigram tokenizer with XLM-R's special ids."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=80, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    pieces = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)]).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tokenizer
+from tiny_tokenizer import build_tokenizer
 from transformers import AutoTokenizer
 
 from modeling_uc2 import UC2Config, UC2ForPreTraining, UC2ForRetrieval, UC2ForVQA, UC2Model

@@ -58,7 +58,8 @@ def _read_names(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(file=file, found=Found(str(error)), expected="a UTF-8 text file, a class name a line") from error
+        expected = "a UTF-8 text file, a class name a line"
+        raise DataError(file=file, found=Found(str(error)), expected=expected) from error
     return [_first_synonym(line, file, row) for row, line in enumerate(lines, 1)]
 
 
