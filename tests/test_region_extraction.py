@@ -23,6 +23,7 @@ from modeling_uc2.modeling_uc2_detector import UC2RegionDetector
 from processing_uc2.image_processing_uc2_detector import UC2DetectorImageProcessor
 from uc2 import region_extraction
 from uc2.data_error import DataError, OptionError
+from uc2.image_sources import open_images
 from uc2.region_extraction import main, regions_from_images
 from uc2.region_extractors import GridFeatures
 from uc2.region_store import RegionStore
@@ -214,6 +215,21 @@ def detector():
         60  # random weights on values of 0 to 255 would throw all boxes outside
     )
     return model
+
+
+def test_images_of_every_kind_are_read_as_8_bit_rgb(tmp_path):
+    grey = np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)
+    expected = np.repeat(grey[:, :, None], 3, axis=2)
+    deep = Image.fromarray((grey.astype(np.uint16) << 8) + 77)
+    kinds = {"deep.png": deep, "L.png": Image.fromarray(grey), "RGBA.png": Image.fromarray(expected).convert("RGBA")}
+    kinds["CMYK.tiff"] = Image.fromarray(expected).convert("CMYK")
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+    (unit,) = open_images([str(tmp_path)])
+    for item in unit.items():
+        image = item.decode()
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), expected, err_msg=item.name)
 
 
 def test_detector_regions(detector, folder, photographs, tmp_path):

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from uc2.data_error import DataError, Found
@@ -36,7 +37,10 @@ class ImageItem:
         except UnidentifiedImageError:
             # Pillow's own message holds a memory address, and reports must not differ between runs.
             raise ValueError(f"no image format is recognised in these {len(content)} bytes") from None
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would cut 16-bit greys off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
 
 
 @dataclass(frozen=True)
