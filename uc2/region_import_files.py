@@ -38,7 +38,9 @@ def read_volta_h5(files: Sequence[str | os.PathLike]) -> Iterator[LazyRecord]:
 def _readable(file: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except DataError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # a damaged file can make h5py raise any
         raise DataError(file=file, found=Found(str(error)), expected="a readable HDF5 file") from error
 
 

@@ -96,7 +96,10 @@ def _table_batches(file: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _row_from_cells(cells: dict, file: Path, number: int) -> RegionRow:
-    count = len(cells["boxes"] or ())
+    if not isinstance(cells["boxes"], list):
+        expected = "a list of x1, y1, x2, y2"
+        raise DataError(file=file, row=number, field="boxes", found=cells["boxes"], expected=expected)
+    count = len(cells["boxes"])
 
     def matrix(field: str) -> np.ndarray:
         content = cells[field]
