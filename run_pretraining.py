@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, set_seed
 from modeling_uc2 import UC2Config, UC2ForPreTraining
 from processing_uc2 import UC2Processor
 from uc2.arguments import parse
-from uc2.atomic_files import atomic_file
+from uc2.atomic_files import write_json
 from uc2.checkpoints import checkpoint_to_resume, saved_history
 from uc2.collator import UC2DataCollator
 from uc2.distributed import not_sharded, whole_model
@@ -221,8 +221,7 @@ def report(trainer, metrics, ea_history, model_args, data_args, ea_args, args) -
     """results.json, curves.png and the model card in the output folder, and the table on the screen."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    write_json(metrics, folder / "results.json")
     if metrics:
         print(report_table(metrics, data_args.languages))
     if not args.do_train and Path(folder, "README.md").exists():

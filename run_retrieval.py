@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import TrainerState, TrainingArguments, set_seed
+from transformers import TrainerState, set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_uc2 import UC2ForPreTraining, UC2ForRetrieval
@@ -46,6 +45,7 @@ from uc2.retrieval_training import RetrievalTrainer
 from uc2.scoring import PRECISIONS
 from uc2.script_errors import told_in_one_sentence
 from uc2.starting_point import check_max_length, load_config, load_processor
+from uc2.training_arguments import UC2TrainingArguments
 from uc2.visualization import training_curves
 
 
@@ -103,7 +103,7 @@ class ScoringArguments:
 
 
 @dataclass
-class RetrievalTrainingArguments(TrainingArguments):
+class RetrievalTrainingArguments(UC2TrainingArguments):
     """Defaults from the paper's A.1; it trains 30,000 steps on Flickr30K captions and 50,000 on COCO's."""
 
     output_dir: str = field(default="runs/retrieval", metadata={"help": "Checkpoints, model, card, results."})
@@ -111,18 +111,9 @@ class RetrievalTrainingArguments(TrainingArguments):
         default=40, metadata={"help": "True pairs per batch and process."}
     )
     learning_rate: float = field(default=1e-4)
-    weight_decay: float = field(default=0.01)
     warmup_steps: float = field(default=0.1, metadata={"help": "Below 1: share of all steps."})
     max_steps: int = field(default=30_000, metadata={"help": "-1: go by num_train_epochs."})
     logging_steps: float = field(default=50)
-    # The Trainer would drop the region inputs, which it does not know.
-    remove_unused_columns: bool = field(default=False)
-    report_to: str | None = field(default="none")
-
-    def __post_init__(self):
-        # Without this, each CPU process of a launch would train alone.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
 
 
 def main(argv: list[str] | None = None) -> dict:

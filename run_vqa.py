@@ -14,8 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_uc2 import UC2ForVQA
@@ -30,6 +29,7 @@ from uc2.parameter_efficient import LoraArguments, add_adapters, describe_adapte
 from uc2.region_store import RegionStore
 from uc2.script_errors import told_in_one_sentence
 from uc2.starting_point import check_max_length, load_config, load_processor
+from uc2.training_arguments import UC2TrainingArguments
 from uc2.visualization import training_curves
 from uc2.vqa import build_answer_vocabulary, shared_answer_vocabulary
 from uc2.vqa_data import VQADataset, load_questions_of
@@ -81,23 +81,14 @@ class DataArguments:
 
 
 @dataclass
-class VQATrainingArguments(TrainingArguments):
+class VQATrainingArguments(UC2TrainingArguments):
     """Defaults from the paper's A.1 for VQA v2; VG-VQA Japanese has lr 8e-5 and 5,000 steps."""
 
     output_dir: str = field(default="runs/vqa", metadata={"help": "Checkpoints, model, card, results."})
     learning_rate: float = field(default=2e-5)
-    weight_decay: float = field(default=0.01)
     warmup_steps: float = field(default=0.1, metadata={"help": "Below 1: share of all steps."})
     max_steps: int = field(default=7_000, metadata={"help": "-1: go by num_train_epochs."})
     per_device_eval_batch_size: int = field(default=64)
-    # The Trainer would drop the region inputs, which it does not know.
-    remove_unused_columns: bool = field(default=False)
-    report_to: str | None = field(default="none")
-
-    def __post_init__(self):
-        # Without this, each CPU process of a launch would train alone.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
 
 
 def main(argv: list[str] | None = None) -> dict:

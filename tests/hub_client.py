@@ -1,4 +1,4 @@
-"""huggingface_hub's real client, pointed to the test double of the Hub; and the accounts that the tests use there."""
+"""huggingface_hub's real client, pointed to the test double of the Hub; accounts and files of the tests there."""
 
 from pathlib import Path
 
@@ -9,6 +9,20 @@ from hub_double import Account
 
 TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
 ACCOUNTS = {TOKEN: Account("ann", ("org",)), READ_TOKEN: Account("ann", ("org",), role="read")}
+# What every published model comes with.
+MODEL_FILES = {
+    "model.safetensors",
+    "config.json",
+    "configuration_uc2.py",
+    "modeling_uc2.py",
+    "processing_uc2.py",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    "results.json",
+    "curves.png",
+}
 
 
 def connect(patch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:

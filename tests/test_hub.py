@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_client import ACCOUNTS, TOKEN, connect
+from hub_client import ACCOUNTS, MODEL_FILES, TOKEN, connect
 from hub_double import HubDouble
 from huggingface_hub import ModelCard
 
@@ -27,19 +27,6 @@ from uc2.rows import write_jsonl
 
 ROOT = Path(__file__).parents[1]
 RUNS = {"pretraining": "org/uc2", "retrieval": "org/uc2-retrieval", "vqa": "ann/vqa"}
-MODEL_FILES = {
-    "model.safetensors",
-    "config.json",
-    "configuration_uc2.py",
-    "modeling_uc2.py",
-    "processing_uc2.py",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-    "results.json",
-    "curves.png",
-}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from hub_client import ACCOUNTS, READ_TOKEN, TOKEN, connect
+from hub_client import ACCOUNTS, MODEL_FILES, READ_TOKEN, TOKEN, connect
 from hub_double import HubDouble
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -25,19 +25,6 @@ from uc2.hub import HubError, publish
 from uc2.model_card import write_model_card
 
 ROOT = Path(__file__).parents[1]
-MODEL_FILES = {
-    "model.safetensors",
-    "config.json",
-    "configuration_uc2.py",
-    "modeling_uc2.py",
-    "processing_uc2.py",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "README.md",
-    "results.json",
-    "curves.png",
-}
 
 
 # Pushing by hand

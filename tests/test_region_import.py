@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interruptions import run_stopped_at_every_fifth_rename
 
 from uc2 import region_import
 from uc2.data_error import DataError, OptionError
@@ -457,41 +458,26 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the code under test catches it."""
-
-
 def test_stopped_at_every_rename_the_store_is_the_same(twelve, tmp_path, monkeypatch):
     main([*twelve, str(tmp_path / "undisturbed")])
-    decoded, renames, rename, decode = [], 0, os.replace, region_import.row_from_record
+    decoded, decode, output = [], region_import.row_from_record, tmp_path / "store"
 
     def row_from_record(record, options):
         decoded.append(record.key)
         return decode(record, options)
 
-    def replace(source, target):
-        nonlocal renames
-        renames += 1
-        if renames % 5 == 0:
-            raise Killed
-        rename(source, target)
+    def import_again():
+        assert not output.exists()
+        main([*twelve, str(output)])
 
     monkeypatch.setattr(region_import, "row_from_record", row_from_record)
-    monkeypatch.setattr(os, "replace", replace)
-    stops = 0
-    while True:
-        try:
-            main([*twelve, str(tmp_path / "store")])
-            break
-        except Killed:
-            stops += 1
-            assert stops < 50 and not (tmp_path / "store").exists()
+    stops = run_stopped_at_every_fifth_rename(monkeypatch, import_again)
     assert stops >= 4
-    assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
+    assert contents(output) == contents(tmp_path / "undisturbed")
     assert sorted(os.listdir(tmp_path)) == ["a.tsv", "store", "undisturbed"]
     assert len(decoded) <= 12 + 3 * stops  # a stop costs the shard under way
     decoded.clear()
-    main([*twelve, str(tmp_path / "store")])  # is finished
+    main([*twelve, str(output)])  # is finished
     assert not decoded
 
 

@@ -1,9 +1,9 @@
 """Region stores with smaller columns: what is kept, against plain computations, and restarts."""
 
-import os
 
 import numpy as np
 import pytest
+from interruptions import run_stopped_at_every_fifth_rename
 
 from uc2.data_error import DataError, OptionError
 from uc2.region_codecs import Float16, Int8, ProductQuantised, TopClasses
@@ -129,26 +129,7 @@ def test_the_largest_class_probabilities_stay(path, tmp_path):
 def test_stopped_at_every_rename_the_copy_is_the_same(path, tmp_path, monkeypatch):
     options = ["--features", "pq", "--sample", "300", "--iterations", "2", "--rows_per_shard", "10"]
     quantised(path, tmp_path / "undisturbed", *options)
-    renames, rename = 0, os.replace
-
-    class Killed(BaseException):
-        pass
-
-    def replace(source, target):
-        nonlocal renames
-        renames += 1
-        if renames % 5 == 0:
-            raise Killed
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    stops = 0
-    while not (tmp_path / "copy").exists():
-        try:
-            quantised(path, tmp_path / "copy", *options)
-        except Killed:
-            stops += 1
-            assert stops < 30
+    stops = run_stopped_at_every_fifth_rename(monkeypatch, lambda: quantised(path, tmp_path / "copy", *options))
     assert stops >= 3
     for file in (tmp_path / "undisturbed").iterdir():
         assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()

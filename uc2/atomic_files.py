@@ -2,6 +2,7 @@
 
 import fcntl
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -60,6 +61,17 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Writes `text` as UTF-8, the whole file or nothing."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(value, path: str | os.PathLike, indent: int | None = 2) -> None:
+    """Writes `value` as UTF-8 JSON, the whole file or nothing."""
+    write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", path)
 
 
 @contextmanager

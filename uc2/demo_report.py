@@ -14,7 +14,7 @@ import numpy as np
 from modeling_uc2 import UC2ForPreTraining
 from processing_uc2 import UC2Processor
 
-from .atomic_files import atomic_file
+from .atomic_files import write_text
 from .pretraining_report import report_table
 from .region_store import RegionStore
 from .rows import load_parallel_captions
@@ -127,8 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         pretraining=report_table(metrics, list(GRAMMARS)), retrieval=retrieval_table(demo), vqa=vqa_table(demo)
     )
     attention_picture(demo)
-    with atomic_file(demo / "report.md") as temporary:
-        temporary.write_text(report, encoding="utf-8")
+    write_text(report, demo / "report.md")
     print(report, f"This report: {demo / 'report.md'}", sep="\n")
 
 

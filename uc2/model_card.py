@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 from transformers import TrainingArguments
 
-from uc2.atomic_files import atomic_file
+from uc2.atomic_files import write_text
 
 PIPELINE_TAGS = {
     "pretraining": "feature-extraction",
@@ -141,8 +141,7 @@ def write_model_card(
         paper=PAPER,
     )
     path = Path(folder, "README.md")
-    with atomic_file(path) as temporary:
-        temporary.write_text(_without_gaps(text), encoding="utf-8")
+    write_text(_without_gaps(text), path)
     return path
 
 

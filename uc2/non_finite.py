@@ -1,13 +1,12 @@
 """Stopping at a loss that is not finite, before it reaches the weights."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
 
-from uc2.atomic_files import atomic_file
+from uc2.atomic_files import write_json
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -25,8 +24,7 @@ def check_finite(loss: torch.Tensor, image_ids: Iterable[str], step: int, args: 
     process = f"_process{args.process_index}" if args.world_size > 1 else ""
     path = Path(args.output_dir, f"non_finite_batch_step{step}{process}.json")
     content = {"step": step, "loss": str(loss.item()), "image_ids": sorted(set(image_ids))}
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_json(content, path)
     raise NonFiniteLoss(
         f"the loss is {loss.item()} at step {step}; the batch's image ids are in {path}, and the last checkpoint is"
         " untouched"

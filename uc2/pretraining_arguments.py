@@ -3,13 +3,11 @@
 import json
 from dataclasses import dataclass, field
 
-import torch
-from transformers import TrainingArguments
-
 from modeling_uc2.configuration_uc2 import OBJECTIVES
 
 from .pretraining_data import PAPER_MIX
 from .rows import LANGUAGES
+from .training_arguments import UC2TrainingArguments
 
 
 @dataclass
@@ -87,14 +85,12 @@ class ReportArguments:
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class PretrainingArguments(UC2TrainingArguments):
     output_dir: str = field(default="runs/uc2", metadata={"help": "Checkpoints, model, card, curves."})
-    # The Trainer would drop region columns and hide a NaN; UC2Trainer stops at the latter instead.
-    remove_unused_columns: bool = field(default=False)
+    # The Trainer would hide a NaN; UC2Trainer stops at it instead.
     logging_nan_inf_filter: bool = field(default=False)
     # Paper A.1.
     adam_beta2: float = field(default=0.98)
-    weight_decay: float = field(default=0.01)
     warmup_steps: float = field(default=0.05, metadata={"help": "Below 1: share of all steps."})
     report_to: str | None = field(default="tensorboard")
     # Every head takes part in every step, so that no parameter is ever without a gradient.
@@ -103,6 +99,4 @@ class PretrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.resume_from_checkpoint and not self.do_train:
             raise ValueError("resume_from_checkpoint goes on training; to evaluate, use model_name_or_path")
-        # Without this, each CPU process of a launch would train alone.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()

@@ -8,10 +8,8 @@ on restarts or on the number of processes.
 
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +25,7 @@ from tqdm import tqdm
 from processing_uc2.image_processing_uc2_detector import UC2DetectorImageProcessor
 from uc2.arguments import parse
 from uc2.atomic_files import sole_writer
+from uc2.child_processes import exit_with_parent
 from uc2.data_error import DataError, OptionError
 from uc2.image_sources import ImageItem, ImageUnit, open_images
 from uc2.region_extractors import GridFeatures, load_detector, regions_from_images
@@ -338,14 +337,8 @@ def _start(worker: Worker, arguments: RegionExtractionArguments) -> multiprocess
 
 
 def _run_helper(worker: Worker, arguments: RegionExtractionArguments) -> None:
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
     run_worker(worker, arguments)
-
-
-def _exit_with_parent() -> None:
-    """Without this, a killed command would leave helpers that write into the store beside its successor's."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 def _finish(arguments: RegionExtractionArguments, helpers: list[multiprocessing.Process]) -> None:

@@ -17,12 +17,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from uc2.arrow_files import arrow_batches
-from uc2.atomic_files import atomic_file
+from uc2.atomic_files import write_json
 from uc2.data_error import DataError, Found, OptionError
 from uc2.region_codecs import Codec
 from uc2.region_rows import RegionRow
 from uc2.region_store import RegionStore
 from uc2.region_writer import MANIFEST, read_manifest, shard_entry, write_region_store
+from uc2.rows import write_jsonl
 
 PLAN = "settings.json"
 REPORT = "skipped.jsonl"
@@ -79,14 +80,14 @@ class ResumableStore:
             raise OptionError(f"{self.path} exists, and not as a store made here; choose another place.")
         if not begun:
             self.progress.mkdir(parents=True, exist_ok=True)
-            _write_json(self.partial / PLAN, plan)
+            write_json(plan, self.partial / PLAN)
 
     @property
     def finished(self) -> bool:
         return (self.path / PLAN).exists()
 
     def _check_plan(self, directory: Path) -> None:
-        found = json.loads((directory / PLAN).read_text(encoding="utf-8"))
+        found = _read_json(directory / PLAN)
         changed = sorted(
             key for key in found.keys() | self.plan.keys() if found.get(key) != self.plan.get(key)
         )
@@ -104,7 +105,7 @@ class ResumableStore:
         shards = frozenset(file.stem for file in self.progress.glob("shard-*.json"))
         units = self.progress.glob("unit-*.json")
         chunks = {
-            int(file.stem.removeprefix("unit-")): json.loads(file.read_text())["chunks"] for file in units
+            int(file.stem.removeprefix("unit-")): _read_json(file)["chunks"] for file in units
         }
         return Done(shards, chunks)
 
@@ -118,7 +119,7 @@ class ResumableStore:
         """Adds a finished batch: its regions, and {"file", "image_id", "reason"} of each image without."""
         if rows:
             write_region_store(rows, self._batch(key, batch) / "store", overwrite=True)
-        _write_json_lines(self._batch(key, batch) / REPORT, skipped)
+        write_jsonl(skipped, self._batch(key, batch) / REPORT)
 
     def finish_shard(self, key: ShardKey, num_batches: int) -> bool:
         """Joins the shard's batches into its file, if all are there; gives whether they were."""
@@ -133,7 +134,7 @@ class ResumableStore:
         if stores:
             record["manifest"] = read_manifest(stores[0])
             record["shard"] = self._join(stores, f"{key.name}.arrow")
-        _write_json(self.progress / f"{key.name}.json", record)
+        write_json(record, self.progress / f"{key.name}.json")
         shutil.rmtree(
             self.progress / key.name, ignore_errors=True
         )  # the finishing process may remove it first
@@ -159,12 +160,12 @@ class ResumableStore:
         self._check_like_first(manifest, source)
         os.replace(work / "store" / shard["file"], self.partial / f"{key.name}.arrow")
         record = {"shard": shard | {"file": f"{key.name}.arrow"}, "manifest": manifest}
-        _write_json(self.progress / f"{key.name}.json", record)
+        write_json(record, self.progress / f"{key.name}.json")
         shutil.rmtree(work)
 
     def _check_like_first(self, manifest: dict, source: str) -> None:
         record = self.progress / f"{ShardKey(0, 0).name}.json"
-        first = json.loads(record.read_text())["manifest"] if record.exists() else manifest
+        first = _read_json(record)["manifest"] if record.exists() else manifest
         for field in ("feature_size", "num_classes"):
             if manifest[field] != first[field]:
                 expected = f"{first[field]} as before"
@@ -200,7 +201,7 @@ class ResumableStore:
 
     def note_chunks(self, unit: int, chunks: int) -> None:
         """Records how many shards a unit of the source has, once it was listed to its end."""
-        _write_json(self.progress / f"unit-{unit:05d}.json", {"chunks": chunks})
+        write_json({"chunks": chunks}, self.progress / f"unit-{unit:05d}.json")
 
     # --- the end ---
 
@@ -230,10 +231,10 @@ class ResumableStore:
         return {"images": read_manifest(self.path)["rows"], "skipped": skipped}
 
     def _write_manifest(self) -> None:
-        records = [json.loads(file.read_text()) for file in sorted(self.progress.glob("shard-*.json"))]
+        records = [_read_json(file) for file in sorted(self.progress.glob("shard-*.json"))]
         if any("skipped" in record for record in records):  # sources whose images can fail
             skipped = [line for record in records for line in record["skipped"]]
-            _write_json_lines(self.partial / REPORT, skipped)
+            write_jsonl(skipped, self.partial / REPORT)
         records = [record for record in records if record["shard"]]
         if not records:
             raise DataError(
@@ -241,17 +242,11 @@ class ResumableStore:
             )
         shards = [record["shard"] for record in records]
         rows = sum(shard["rows"] for shard in shards)
-        _write_json(self.partial / MANIFEST, {**records[0]["manifest"], "rows": rows, "shards": shards})
+        write_json({**records[0]["manifest"], "rows": rows, "shards": shards}, self.partial / MANIFEST)
 
 
-def _write_json(path: Path, value: dict) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_json_lines(path: Path, values: list[dict]) -> None:
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_json_lines(path: Path) -> list[dict]:

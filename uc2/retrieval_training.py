@@ -10,7 +10,7 @@ from uc2.checkpoints import ResumableTrainer
 from uc2.distributed import whole_model
 from uc2.hard_negatives import HardNegativesCallback, MiningBatchSampler
 from uc2.non_finite import check_finite
-from uc2.sampling import EpochBatchSampler, SetEpochCallback
+from uc2.sampling import EpochBatchSampler, train_loader
 
 
 class RetrievalTrainer(ResumableTrainer):
@@ -46,17 +46,7 @@ class RetrievalTrainer(ResumableTrainer):
             sampler = MiningBatchSampler(
                 self.train_dataset, every=mining.every, updates_ahead=updates_ahead, **options
             )
-        self.add_callback(SetEpochCallback(sampler))
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=args.dataloader_persistent_workers,
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-        )
-        return self.accelerator.prepare(loader)
+        return train_loader(self, sampler)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from uc2.atomic_files import write_json
 from uc2.data_error import DataError, Found
 
 logger = logging.getLogger(__name__)
@@ -220,9 +221,31 @@ def train_loader(trainer: Trainer, sampler: EpochBatchSampler) -> DataLoader:
     return trainer.accelerator.prepare(loader)
 
 
+def evaluation_loader(trainer: Trainer, dataset, passes: int = 1) -> tuple[DataLoader, int]:
+    """This process's share of the batches of `passes` epochs in order, and how many of them count.
+
+    Every process gets the same number of batches, for strategies that communicate in each forward pass; a
+    process with one batch less repeats one, which is to be left out of the sums.
+    """
+    args = trainer.args
+    sampler = EpochBatchSampler(dataset, batch_size=args.per_device_eval_batch_size, seed=0, shuffle=False)
+    batches = []
+    for epoch in range(passes):
+        sampler.set_epoch(epoch)
+        batches += list(sampler)
+    mine = batches[args.process_index :: args.world_size]
+    counted = len(mine)
+    if counted < -(-len(batches) // args.world_size):
+        mine.append(batches[0])
+    loader = DataLoader(
+        dataset, batch_sampler=mine, collate_fn=trainer.data_collator, num_workers=args.dataloader_num_workers
+    )
+    return loader, counted
+
+
 def save_plan(sampler: EpochBatchSampler, checkpoint: str | os.PathLike) -> None:
     """Leaves in a checkpoint how its run cuts epochs into batches."""
-    Path(checkpoint, PLAN_FILE).write_text(json.dumps(sampler.plan, indent=1), encoding="utf-8")
+    write_json(sampler.plan, Path(checkpoint, PLAN_FILE))
 
 
 def check_plan(sampler: EpochBatchSampler, checkpoint: str | os.PathLike) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from uc2.atomic_files import atomic_file
+from uc2.atomic_files import atomic_file, write_json
 from uc2.data_error import OptionError
 from uc2.scoring_layers import PRECISIONS, scoring_layers
 
@@ -275,8 +275,7 @@ class _SavedBlocks:
                     "give another folder or delete this one"
                 )
         else:
-            with atomic_file(file) as temporary:
-                temporary.write_text(json.dumps(fingerprint, indent=2), "utf-8")
+            write_json(fingerprint, file)
 
         # In the names, too: a folder that was half removed may have lost the file but kept blocks.
         self.digest = hashlib.blake2b(json.dumps(fingerprint).encode(), digest_size=6).hexdigest()

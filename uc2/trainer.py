@@ -11,7 +11,7 @@ from modeling_uc2.configuration_uc2 import OBJECTIVES, TEXT_OBJECTIVES
 from .distributed import is_zero3, keep_sums_exact, whole_model
 from .non_finite import check_finite
 from .portable_checkpoints import PortableTrainer
-from .sampling import EpochBatchSampler, check_plan, save_plan, train_loader
+from .sampling import EpochBatchSampler, check_plan, evaluation_loader, save_plan, train_loader
 
 IGNORED = -100
 # Entries of a batch that say where an example comes from; no network reads them.
@@ -96,29 +96,6 @@ class UC2Trainer(PortableTrainer):
         super().save_extras(checkpoint)
         save_plan(self._sampler, checkpoint)
 
-    def _eval_loader(self, dataset) -> tuple[DataLoader, int]:
-        """This process's share of the evaluation batches, and how many of them count.
-
-        Every process gets the same number of batches, for strategies that communicate in each forward pass; a
-        process with one batch less repeats one, which is then left out of the sums.
-        """
-        sampler = EpochBatchSampler(dataset, batch_size=self.args.per_device_eval_batch_size, seed=0, shuffle=False)
-        batches = []
-        for epoch in range(self.eval_passes):
-            sampler.set_epoch(epoch)
-            batches += list(sampler)
-        mine = batches[self.args.process_index :: self.args.world_size]
-        counted = len(mine)
-        if counted < -(-len(batches) // self.args.world_size):
-            mine.append(batches[0])
-        loader = DataLoader(
-            dataset,
-            batch_sampler=mine,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
-        return loader, counted
-
     # ---- loss ----
     def _get_num_items_in_batch(self, batch_samples, device):
         counts = sum(count_items(batch).to(device) for batch in batch_samples)
@@ -171,7 +148,7 @@ class UC2Trainer(PortableTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
-        loader, counted = self._eval_loader(dataset)
+        loader, counted = evaluation_loader(self, dataset, self.eval_passes)
         model = self._model_to_evaluate().eval()
         # [loss, correct, items] of every (language, objective)
         totals = self._zeros(3, len(dataset.languages), len(OBJECTIVES))

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from uc2.arguments import parse
-from uc2.atomic_files import atomic_file, remove_leftovers, sole_writer
+from uc2.atomic_files import atomic_file, remove_leftovers, sole_writer, write_json
 from uc2.data_error import OptionError
 from uc2.file_versions import file_versions
 from uc2.object_labels import load_object_labels
@@ -218,7 +218,7 @@ def _merge(args: TranslationArguments, work: TranslationWork) -> None:
     report = TranslationReport(args.languages)
     merged = write_jsonl(work.merged_rows(report), work.directory / "merged.jsonl")
     write_jsonl(work.rejected(), _beside(output, "rejected.jsonl"))
-    _write_json({"settings": args.settings()} | report.as_dict(), _beside(output, "report.json"))
+    write_json({"settings": args.settings()} | report.as_dict(), _beside(output, "report.json"))
     with atomic_file(output) as temporary:
         shutil.copyfile(merged, temporary)
     print(json.dumps(report.as_dict(), indent=2))
@@ -290,17 +290,12 @@ def translate_labels(args: TranslationArguments) -> None:
     translators.print_summary()
     for path in (Path(args.output), _beside(Path(args.output), "report.json")):
         remove_leftovers(path)
-    _write_json(
+    write_json(
         {"settings": args.settings(), "fallbacks": fallbacks}, _beside(Path(args.output), "report.json")
     )
-    _write_json(labels, args.output)
+    write_json(labels, args.output)
     for language, rejected in fallbacks.items():
         print(f"{language}: {len(names)} labels, {len(rejected)} kept in '{args.source_language}'")
-
-
-def _write_json(value: dict, path) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 # --- processes ---
@@ -362,7 +357,7 @@ def _lead(args: TranslationArguments, processes: int) -> None:
     elif args.labels is not None:
         translate_labels(args)
     else:
-        _write_json(args.settings(), _work_dir(args) / "settings.json")
+        write_json(args.settings(), _work_dir(args) / "settings.json")
         if processes == 1 and args.num_processes > 1:
             torch.multiprocessing.spawn(_local_process, (args,), nprocs=args.num_processes)
         else:

@@ -1,12 +1,11 @@
 """What a VQA run leaves behind: the table (paper Table 2), results as JSON and CSV, the submission file."""
 
 import csv
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from uc2.atomic_files import atomic_file
+from uc2.atomic_files import atomic_file, write_json, write_text
 
 METRICS = {"vqa_score": "VQA score", "accuracy": "accuracy", "bleu": "BLEU"}
 
@@ -32,8 +31,7 @@ def format_table(results: Mapping) -> str:
 def write_results(folder: str | os.PathLike, results: Mapping) -> None:
     """`results.json`, `results.csv` (a row per data set, language, answer type and metric), `table.md`."""
     folder = Path(folder)
-    with atomic_file(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_json(results, folder / "results.json")
     with (
         atomic_file(folder / "results.csv") as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
@@ -44,8 +42,7 @@ def write_results(folder: str | os.PathLike, results: Mapping) -> None:
             for kind, scores in {"all": row, **row["answer_types"]}.items():
                 known = [metric for metric in METRICS if metric in scores]
                 writer.writerows((name, language, kind, metric, scores[metric]) for metric in known)
-    with atomic_file(folder / "table.md") as temporary:
-        temporary.write_text(format_table(results) + "\n", encoding="utf-8")
+    write_text(format_table(results) + "\n", folder / "table.md")
 
 
 def write_submission(
@@ -56,8 +53,7 @@ def write_submission(
         {"question_id": int(name) if name.isascii() and name.isdigit() else name, "answer": answer}
         for name, answer in zip(question_ids, predictions, strict=True)
     ]
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    write_json(rows, path, indent=None)
 
 
 def card_results(results: Mapping) -> list[dict]:

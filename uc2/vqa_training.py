@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from uc2.checkpoints import ResumableTrainer
 from uc2.non_finite import check_finite
-from uc2.sampling import EpochBatchSampler, SetEpochCallback
+from uc2.sampling import EpochBatchSampler, evaluation_loader, train_loader
 from uc2.vqa import evaluate_answers
 from uc2.vqa_data import VQADataset
 
@@ -38,17 +38,7 @@ class VQATrainer(ResumableTrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             multiple_of=args.world_size * args.gradient_accumulation_steps,
         )
-        self.add_callback(SetEpochCallback(sampler))
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=args.dataloader_persistent_workers,
-            pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-        )
-        return self.accelerator.prepare(loader)
+        return train_loader(self, sampler)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Questions of the update: micro-batches filled by tokens differ in their number."""
@@ -69,20 +59,7 @@ class VQATrainer(ResumableTrainer):
 
     def predict_answers(self, dataset: VQADataset) -> list[str]:
         """The highest-scoring class of every question, in the order of the rows, on every process."""
-        sampler = EpochBatchSampler(
-            dataset, batch_size=self.args.per_device_eval_batch_size, seed=0, shuffle=False
-        )
-        batches = list(sampler)
-        mine = batches[self.args.process_index :: self.args.world_size]
-        # Every process runs equally often, for strategies that communicate in the forward pass.
-        counted = len(mine)
-        mine += batches[: -(-len(batches) // self.args.world_size) - counted]
-        loader = DataLoader(
-            dataset,
-            batch_sampler=mine,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
+        loader, counted = evaluation_loader(self, dataset)
         model = self._wrap_model(self.model, training=False).to(self.args.device).eval()
         chosen = torch.zeros(len(dataset), dtype=torch.long, device=self.args.device)
         for index, batch in enumerate(loader):

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -28,7 +27,8 @@ from thot.alignment import FastAlignModel, SymmetrizationHeuristic, SymmetrizedA
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from uc2.atomic_files import atomic_file, remove_leftovers, sole_writer
+from uc2.atomic_files import atomic_file, remove_leftovers, sole_writer, write_json
+from uc2.child_processes import exit_with_parent
 from uc2.data_error import DataError, OptionError
 from uc2.file_versions import file_versions
 from uc2.rows import load_parallel_captions, write_jsonl
@@ -279,9 +279,8 @@ class AlignmentWork:
         settings["files"] = file_versions(self.args.input)
         if not record.exists():
             remove_leftovers(record)
-            with atomic_file(record) as temporary:
-                temporary.write_text(json.dumps(settings))
-        elif json.loads(record.read_text()) != settings:
+            write_json(settings, record)
+        elif json.loads(record.read_text(encoding="utf-8")) != settings:
             raise OptionError(f"{self.directory} is of a run with other options or input; remove it")
 
     def links_file(self, language: str) -> Path:
@@ -320,15 +319,9 @@ class AlignmentWork:
 
 
 def _align_share(work: AlignmentWork, rows: datasets.Dataset, languages: Sequence[str]) -> None:
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
     logging.basicConfig(level=logging.INFO)
     work.align(rows, languages)
-
-
-def _exit_with_parent() -> None:
-    """Without this, a killed command would leave processes that write beside its successor's."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _joined(rows: datasets.Dataset, languages: Sequence[str], files: Sequence[Iterable[str]]) -> Iterator[dict]:
