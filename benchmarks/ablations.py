@@ -158,7 +158,7 @@ def write_report(runs: dict[str, list[dict]], args) -> None:
     row = next(iter(runs.values()))[0]
     parts = [
         "# Ablations in miniature",
-        f"Demo corpus, {args.steps} steps of pre-training a run; in per cent, mean ± standard deviation over the "
+        f"Demo corpus, {args.steps:,} steps of pre-training a run; in per cent, mean ± standard deviation over the "
         "runs, which differ in their seed. Fine-tuned AR is the average recall among 150 held-out scenes after "
         "fine-tuning on English captions alone, in English and, zero-shot, in the other five languages; AR before is "
         "that of the ITM head among 100 scenes without fine-tuning, over the languages of pre-training (chance: "
