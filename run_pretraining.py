@@ -227,6 +227,7 @@ def report(trainer, metrics, ea_history, model_args, data_args, ea_args, args) -
     if not args.do_train and Path(folder, "README.md").exists():
         return  # curves and card tell of the training that was here
     training_curves(trainer.state.log_history, Path(folder, "curves.png"), early_adaptation=ea_history)
+    weights = trainer.model.config.objective_weights
     write_model_card(
         folder,
         "pretraining",
@@ -237,6 +238,7 @@ def report(trainer, metrics, ea_history, model_args, data_args, ea_args, args) -
         hyperparameters={
             "base_model": model_args.model_name_or_path or model_args.text_encoder,
             "objective_mix": json.loads(data_args.objective_mix),
+            "objective_weights": {name: round(weight, 3) for name, weight in weights.items()},
             "early_adaptation_steps": ea_args.ea_steps,
             "tokens_per_batch": data_args.tokens_per_batch,
             "per_device_train_batch_size": None if data_args.tokens_per_batch else args.per_device_train_batch_size,

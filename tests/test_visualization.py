@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from modeling_uc2 import UC2Config, UC2ForRetrieval
 from processing_uc2 import UC2Processor
+from uc2 import visualization
 from uc2.region_store import RegionStore
 from uc2.visualization import (
     WordAttention,
@@ -124,6 +125,23 @@ def test_training_curves(tmp_path):
     tuned = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_vqa_score": 50.0}]
     assert training_curves(tuned, tmp_path / "tuned.png", metrics=["eval_vqa_score"]).exists()
     assert training_curves([], tmp_path / "empty.png").exists()
+
+
+def test_a_language_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(visualization, "save_figure", lambda figure, path: figures.append(figure))
+    accuracies = {"mlm": ("en", "de", "ja"), "vtlm": ("de", "ja")}  # VTLM's captions are named by the second language
+    history = [
+        {"step": 1, **{f"eval_{what}_{name}{end}": 0.5 for what in ("loss", "accuracy") for end in ends}}
+        for name, languages in accuracies.items()
+        for ends in [("", *(f"_{language}" for language in languages))]
+    ]
+    training_curves(history, tmp_path / "curves.png")
+    lines = [line for panel in figures[0].axes for line in panel.get_lines()]
+    colours = {name: [line.get_color() for line in lines if line.get_label() == name] for name in ("en", "de", "ja")}
+    assert [len(found) for found in colours.values()] == [1, 2, 2]
+    assert len({colour for found in colours.values() for colour in found}) == 3
+    assert all(len(set(found)) == 1 for found in colours.values())
 
 
 def test_heat_map(tmp_path):

@@ -258,6 +258,7 @@ def training_curves(
     columns = (["early adaptation"] if early_adaptation else []) + (objectives or ["fine-tuning"])
     figure = new_figure(max(6.0, 3.0 * len(columns)), 5.4)
     panels = figure.subplots(2, len(columns), squeeze=False, sharex="col")
+    colours = _language_colours(log_history)
     for column, name in enumerate(columns):
         above, below = panels[:, column]
         above.set_title(name.upper() if name in OBJECTIVES else name, fontsize="medium", fontweight="bold")
@@ -268,7 +269,7 @@ def training_curves(
             continue
         _draw_loss(above, log_history, f"loss_{name}" if name in OBJECTIVES else "loss")
         if name in OBJECTIVES:
-            _draw_accuracies(below, log_history, f"eval_accuracy_{name}")
+            _draw_accuracies(below, log_history, f"eval_accuracy_{name}", colours)
         else:
             _draw_metrics(below, log_history, metrics)
     panels[0, 0].set_ylabel("loss")
@@ -312,18 +313,24 @@ def _draw_loss(panel, log_history: Sequence[Mapping], key: str) -> None:
     _tidy(panel)
 
 
-def _draw_accuracies(panel, log_history: Sequence[Mapping], key: str) -> None:
-    """All languages in bold, each one thin and named at its end."""
-    prefix = f"{key}_"
-    languages = dict.fromkeys(
-        name.removeprefix(prefix) for line in log_history for name in line if name.startswith(prefix)
-    )
-    for place, language in enumerate(languages):
-        steps, values = _series(log_history, prefix + language)
+def _language_colours(log_history: Sequence[Mapping]) -> dict[str, str]:
+    """One colour per language for all panels: not every objective has every language."""
+    prefixes = tuple(f"eval_accuracy_{objective}_" for objective in OBJECTIVES)
+    names = (name for line in log_history for name in line if name.startswith(prefixes))
+    languages = dict.fromkeys(name.rpartition("_")[2] for name in names)
+    return {language: f"C{place + 2}" for place, language in enumerate(languages)}
+
+
+def _draw_accuracies(panel, log_history: Sequence[Mapping], key: str, colours: Mapping[str, str]) -> None:
+    """All languages in bold, each one thin."""
+    for language, colour in colours.items():
+        steps, values = _series(log_history, f"{key}_{language}")
+        if not values:
+            continue
         panel.plot(
             steps,
             values,
-            color=f"C{place + 2}",
+            color=colour,
             linewidth=1,
             marker="." if len(values) < 3 else None,
             label=language,
