@@ -1,7 +1,7 @@
 """The paper's ablations (Tables 3, 4 and 5, Fig. 4) in miniature, on the demo corpus.
 
     make demo/corpus/corpus.json
-    python benchmarks/ablations.py                       # every setting, three seeds: an hour and a half on 2 cores
+    python benchmarks/ablations.py                       # every setting, three seeds: 100 minutes on 2 cores
     python benchmarks/ablations.py --settings full without-ea --seeds 0 --steps 2000
 
 Each (setting, seed) is one run of run_pretraining.py with configs/pretrain_demo.yaml, evaluated on all objectives,
