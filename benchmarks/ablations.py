@@ -24,7 +24,6 @@ from uc2.rows import write_jsonl
 from uc2.visualization import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
-LANGUAGES = ("en", "de", "fr", "cs", "ja", "zh")
 SPLITS = ("train", "test")
 MIX = {"itm": 9, "mlm": 12, "mrtm": 9, "vtlm": 3}
 

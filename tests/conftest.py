@@ -130,5 +130,6 @@ def tiny_corpus(tmp_path_factory) -> TinyCorpus:
     write_jsonl(captions, corpus.captions)
     write_region_store(regions, corpus.regions)
     corpus.object_labels.write_text(json.dumps(NOUNS), encoding="utf-8")
-    build_tokenizer([text for row in captions for text in row["captions"].values()], corpus.tokenizer)
+    texts = [text for row in captions for text in row["captions"].values()]
+    build_tokenizer(texts, vocab_size=80).save_pretrained(corpus.tokenizer)
     return corpus

@@ -1,7 +1,6 @@
 """PretrainingDataset: objectives, languages, distractors, targets and lengths on a six-language corpus."""
 
 import dataclasses
-import json
 import pickle
 from collections import Counter
 from types import SimpleNamespace
@@ -10,9 +9,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tiny_tokenizer import build_tokenizer
 from torch.utils.data import DataLoader
-from transformers import XLMRobertaTokenizer
 
 from modeling_uc2.configuration_uc2 import OBJECTIVES
 from processing_uc2 import UC2Processor
@@ -34,19 +32,6 @@ CAPTIONS = {
 DOGS = {"en": "dog {}", "de": "Hund {}", "fr": "chien {}", "cs": "pes {}", "ja": "犬{}", "zh": "狗{}"}
 LABELS = {code: [text.format(i) for i in range(4)] for code, text in DOGS.items()}
 NUM_ROWS, FEATURE_SIZE, NUM_CLASSES = 40, 8, 4
-
-
-def build_tokenizer(texts) -> XLMRobertaTokenizer:
-    """A small Unigram vocabulary laid out as XLM-R's: four special ids first, <mask> last."""
-    unigram = Tokenizer(models.Unigram())
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=220, special_tokens=specials, unk_token="<unk>", max_piece_length=4
-    )
-    unigram.train_from_iterator(texts, trainer)
-    vocabulary = json.loads(unigram.to_str())["model"]["vocab"]
-    return XLMRobertaTokenizer(vocab=[*map(tuple, vocabulary), ("<mask>", 0.0)])
 
 
 class DictStore(dict):
@@ -86,7 +71,8 @@ def caption_row(i: int, languages=LANGUAGES, aligned=("de", "fr", "cs", "ja", "z
 @pytest.fixture(scope="module")
 def processor():
     texts = [text.format(i) for text in CAPTIONS.values() for i in range(NUM_ROWS)] + sum(LABELS.values(), [])
-    return UC2Processor(build_tokenizer(texts), LABELS, max_regions=14, feature_size=FEATURE_SIZE)
+    tokenizer = build_tokenizer(texts, vocab_size=220, max_piece_length=4)
+    return UC2Processor(tokenizer, LABELS, max_regions=14, feature_size=FEATURE_SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from folder_contents import contents
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -94,13 +95,6 @@ def arguments(images, output, backbone, *more):
         *SETTINGS,
         *more,
     ]
-
-
-def contents(directory):
-    """Every file below a directory."""
-    return {
-        str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

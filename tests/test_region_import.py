@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folder_contents import contents
 from interruptions import run_stopped_at_every_fifth_rename
 
 from uc2 import region_import
@@ -452,10 +453,6 @@ def twelve(tmp_path) -> list[str]:
     """The command line of an import of twelve images, in shards of three."""
     file = write_tsv_as_others_do(tmp_path / "a.tsv", LXMERT, rows=[tsv_cells(example(n)) for n in range(12)])
     return ["--format", "tsv", "--input", str(file), "--rows_per_shard", "3", "--output"]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def test_stopped_at_every_rename_the_store_is_the_same(twelve, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Region stores with smaller columns: what is kept, against plain computations, and restarts."""
 
-
 import numpy as np
 import pytest
 from interruptions import run_stopped_at_every_fifth_rename

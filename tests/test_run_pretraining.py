@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from folder_contents import contents
 from script_runs import NO_DROPOUT, SCRIPT, assert_same_weights, environment, flags, losses
 from transformers import AutoModelForPreTraining, AutoProcessor
 
@@ -46,10 +47,6 @@ def test_held_out_objectives_and_weights_may_differ_from_the_mix(tiny_corpus, tm
     assert {name for name in metrics if name.startswith("eval_loss_")} == {"eval_loss_itm", "eval_loss_vtlm"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["objective_weights"] == {"itm": 1.0, "mlm": 0.75}
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_evaluating_alone_changes_nothing_but_the_results(tiny_corpus, tmp_path):

@@ -119,5 +119,6 @@ class UC2ProcessorSuite(suite_module("test_processing_common").ProcessorTesterMi
     @classmethod
     def _setup_tokenizer(cls):
         with tempfile.TemporaryDirectory() as folder:
-            build_tokenizer(["lower newer upper older longer string"] * 3, Path(folder))
+            texts = ["lower newer upper older longer string"] * 3
+            build_tokenizer(texts, vocab_size=80).save_pretrained(folder)
             return AutoTokenizer.from_pretrained(folder)

@@ -1,12 +1,13 @@
 """Files and directories that appear whole or not at all (written beside their place, then renamed), by one writer."""
 
+import csv
 import fcntl
 import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def write_text(text: str, path: str | os.PathLike) -> None:
 def write_json(value, path: str | os.PathLike, indent: int | None = 2) -> None:
     """Writes `value` as UTF-8 JSON, the whole file or nothing."""
     write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", path)
+
+
+def write_csv(rows: Iterable[Sequence], path: str | os.PathLike) -> None:
+    """Writes rows of cells as UTF-8 CSV, the whole file or nothing."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows(rows)
 
 
 @contextmanager

@@ -107,9 +107,11 @@ def _codecs(args: QuantisationArguments, source: RegionStore, partial: Path) -> 
     elif args.features == "pq":
         file = partial / CODEBOOK
         if not file.exists():
-            options = {name: getattr(args, name) for name in ("sample", "iterations", "seed")}
-            taken_over = args.codebook and read_codebook(Path(args.codebook) / CODEBOOK, source.feature_size)
-            codebook = taken_over if args.codebook else learn_codebook(source, args.group_size, **options)
+            if args.codebook:
+                codebook = read_codebook(Path(args.codebook) / CODEBOOK, source.feature_size)
+            else:
+                options = {"sample": args.sample, "iterations": args.iterations, "seed": args.seed}
+                codebook = learn_codebook(source, args.group_size, **options)
             with atomic_file(file) as temporary, open(temporary, "wb") as stream:
                 np.save(stream, codebook)
         codecs["features"] = ProductQuantised(read_codebook(file, source.feature_size))

@@ -1,13 +1,12 @@
 """Evaluates a model on retrieval test sets and writes what came out: table, JSON, CSV, recall curve, grid."""
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from uc2.atomic_files import atomic_file, write_json, write_text
+from uc2.atomic_files import write_csv, write_json, write_text
 from uc2.data_error import DataError, Found
 from uc2.retrieval import SearchHit, average_metrics, fold_indices, meta_average, recall_at_k, score_matrix
 from uc2.retrieval_data import RetrievalTestSet
@@ -114,15 +113,10 @@ def write_results(folder: str | os.PathLike, results: dict) -> None:
     """`results.json`, `results.csv` (a row per data set, language, metric), `table.md`, `recall_*.png`."""
     folder = Path(folder)
     write_json(results, folder / "results.json")
-    with (
-        atomic_file(folder / "results.csv") as temporary,
-        open(temporary, "w", encoding="utf-8", newline="") as f,
-    ):
-        writer = csv.writer(f)
-        writer.writerow(("dataset", "language", "metric", "value"))
-        for name, language, recalls in _rows(results["datasets"]):
-            writer.writerows((name, language, metric, value) for metric, value in recalls.items())
-        writer.writerow(("", "", "meta_average", results["meta_average"]))
+    cells = [("dataset", "language", "metric", "value")]
+    for name, language, recalls in _rows(results["datasets"]):
+        cells += [(name, language, metric, value) for metric, value in recalls.items()]
+    write_csv([*cells, ("", "", "meta_average", results["meta_average"])], folder / "results.csv")
     write_text(format_table(results) + "\n", folder / "table.md")
     for direction in WAYS:
         plot_recall(results, folder / f"recall_{direction}.png", direction)

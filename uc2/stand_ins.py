@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = "en"
 SENTENCES_AT_ONCE = 64
+TRANSLATOR_LAYERS = {"layers": 1, "attention_heads": 4, "ffn_dim": 256}
 
 
 def save_detector(folder: Path, num_classes: int) -> None:
@@ -64,7 +65,7 @@ def save_translator(folder: Path, captions: Sequence[dict[str, str]], steps: int
     torch.manual_seed(0)
     special = {"pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
     special |= {"eos_token_id": tokenizer.eos_token_id, "forced_eos_token_id": tokenizer.eos_token_id}
-    layers = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in _LAYERS.items()}
+    layers = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in TRANSLATOR_LAYERS.items()}
     starts = {"init_std": 0.1, "scale_embedding": True}  # otherwise positions drown the words, and it learns slowly
     config = MarianConfig(vocab_size=len(tokenizer), d_model=64, dropout=0.0, **starts, **special, **layers)
     model = MarianMTModel(config).train()
@@ -82,9 +83,6 @@ def save_translator(folder: Path, captions: Sequence[dict[str, str]], steps: int
         optimizer.zero_grad()
     model.eval().save_pretrained(folder)
     return loss.item()
-
-
-_LAYERS = {"layers": 1, "attention_heads": 4, "ffn_dim": 256}
 
 
 def _translation_tokenizer(folder: Path, captions: Sequence[dict[str, str]]) -> MarianTokenizer:

@@ -1,11 +1,10 @@
 """What a VQA run leaves behind: the table (paper Table 2), results as JSON and CSV, the submission file."""
 
-import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from uc2.atomic_files import atomic_file, write_json, write_text
+from uc2.atomic_files import write_csv, write_json, write_text
 
 METRICS = {"vqa_score": "VQA score", "accuracy": "accuracy", "bleu": "BLEU"}
 
@@ -32,16 +31,11 @@ def write_results(folder: str | os.PathLike, results: Mapping) -> None:
     """`results.json`, `results.csv` (a row per data set, language, answer type and metric), `table.md`."""
     folder = Path(folder)
     write_json(results, folder / "results.json")
-    with (
-        atomic_file(folder / "results.csv") as temporary,
-        open(temporary, "w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(("dataset", "language", "answer_type", "metric", "value"))
-        for name, language, row in _rows(results):
-            for kind, scores in {"all": row, **row["answer_types"]}.items():
-                known = [metric for metric in METRICS if metric in scores]
-                writer.writerows((name, language, kind, metric, scores[metric]) for metric in known)
+    cells = [("dataset", "language", "answer_type", "metric", "value")]
+    for name, language, row in _rows(results):
+        for kind, scores in {"all": row, **row["answer_types"]}.items():
+            cells += [(name, language, kind, metric, scores[metric]) for metric in METRICS if metric in scores]
+    write_csv(cells, folder / "results.csv")
     write_text(format_table(results) + "\n", folder / "table.md")
 
 

@@ -130,13 +130,13 @@ class ForkedScript:
         return self.folder / "undisturbed"
 
     def kill_until_finished(self, name: str, rng: random.Random) -> Path:
-        """Kills it once or twice, and then lets it finish; the kinds of events are equally likely."""
+        """Kills it up to three times, and then lets it finish; the kinds of events are equally likely."""
         self.undisturbed()
         kinds: dict[str, list[int]] = {}
         for number, event in enumerate(self.events("undisturbed"), start=1):
             kinds.setdefault(event.split()[0], []).append(number)
         moments = []
-        for _ in range(rng.randint(1, 2)):
+        for _ in range(rng.randint(1, 3)):
             code = self.run(name, die_at=rng.choice(rng.choice(list(kinds.values()))))
             if code == 0:  # fewer events were left than in a whole run
                 break

@@ -10,7 +10,7 @@ fuzz = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=40,
+    max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -113,7 +113,7 @@ def test_one_fault_after_another(script_of, name):
     assert_same_run(run, expected)
 
 
-@pytest.mark.parametrize("damage", ["adam.safetensors", "missing"])
+@pytest.mark.parametrize("damage", ["model.safetensors", "adam.safetensors", "trainer_state.json", "missing"])
 def test_a_damaged_checkpoint_is_not_used(script_of, damage):
     script = script_of("pretraining")
     expected, run = script.undisturbed(), script.folder / "damaged"
